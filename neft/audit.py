@@ -1,0 +1,108 @@
+"""The audit: digests of a model's weights, their identity, and the proof that only a task's set has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from neft.neurons import ModuleRows, NeuronSet
+from neft.overlay import storage_dim
+
+#: Keys of a transformers config that say nothing about what the model computes.
+_NOT_IDENTITY = frozenset({"_name_or_path", "transformers_version", "use_cache", "_attn_implementation_autoset"})
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor, on the CPU, in C order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers by name, tied ones once, in a fixed order."""
+    seen: set[int] = set()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def state_digest(model: nn.Module) -> str:
+    """SHA-256 of every weight of the model: two states are bit-identical when their digests are."""
+    digest = hashlib.sha256()
+    for name, tensor in _weights(model):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a base model's weights and config: the identity that entries are recorded for."""
+    config: dict[str, Any] = model.config.to_dict() if hasattr(model, "config") else {}
+    identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(f"{text}\0{state_digest(model)}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """Whether every weight outside a neuron set is bit-identical to what it was, and where it is not."""
+
+    identical: bool
+    tensors: int
+    parameters_outside: int
+    changed: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "identical": self.identical,
+            "tensors": self.tensors,
+            "parameters_outside": self.parameters_outside,
+            "changed": list(self.changed),
+        }
+
+
+class Audit:
+    """Remembers a digest of each weight tensor outside a neuron set, and compares it after the task.
+
+    One tensor is copied at a time, so that an audit costs no second model in memory.
+    """
+
+    def __init__(self, model: nn.Module, neurons: NeuronSet):
+        self._rows = neurons.rows()
+        self._before, self._outside = self._digests(model)
+
+    def compare(self, model: nn.Module) -> AuditResult:
+        """Compare `model` as it is now, without an adapter around it, with what it was."""
+        after, _ = self._digests(model)
+        changed = [name for name in sorted(self._before | after) if self._before.get(name) != after.get(name)]
+        return AuditResult(not changed, len(self._before), self._outside, tuple(changed))
+
+    def _digests(self, model: nn.Module) -> tuple[dict[str, str], int]:
+        dims = _row_dims(model, self._rows)
+        digests: dict[str, str] = {}
+        outside = 0
+        for name, tensor in _weights(model):
+            outside += tensor.numel()
+            if name in dims:
+                dim, index = dims[name]
+                outside -= len(index) * (tensor.numel() // tensor.shape[dim])
+                tensor = tensor.detach().clone().index_fill_(dim, index.to(tensor.device), 0)
+            digests[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        return digests, outside
+
+
+def _row_dims(model: nn.Module, rows: Mapping[str, ModuleRows]) -> dict[str, tuple[int, torch.Tensor]]:
+    """Weight name -> the dimension and the positions along it that the neuron set owns."""
+    return {
+        f"{name}.weight": (
+            storage_dim(model.get_submodule(name), chosen.side),
+            torch.from_numpy(chosen.positions.copy()),
+        )
+        for name, chosen in rows.items()
+    }

@@ -1,0 +1,93 @@
+"""Files that are written whole or not at all, and read with one clear sentence when they are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from neft.errors import FailedError, InputError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def written_whole(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, else removed.
+
+    Raises:
+        FailedError: the disk is full or the folder cannot be written; nothing is left at `path`.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: Exception) -> FailedError:
+    return FailedError(f"cannot write {path}: {error}; free some space or choose a folder that can be written")
+
+
+def save_tensors(
+    path: PathLike, kind: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write `tensors` and a JSON `description` as one safetensors file of the given `kind`."""
+    with written_whole(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"format": kind, "description": json.dumps(description, sort_keys=True)},
+        )
+
+
+def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        InputError: there is no such file, or it is of another kind.
+        FailedError: the file is truncated or corrupt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path} (a {kind} was expected there)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        description = json.loads(metadata.get("description", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FailedError(f"{path} is corrupt ({error}); restore it from a copy or learn the task again") from error
+    if metadata.get("format") != kind:
+        raise InputError(f"{path} is a {metadata.get('format', 'foreign safetensors file')!r}, not a {kind!r}")
+    return tensors, description

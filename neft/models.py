@@ -1,0 +1,83 @@
+"""Base models: loaded by hub id, local folder or GGUF file, with their tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from neft.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode, on the CPU.
+
+    Args:
+        name: a hub id, a folder written by `save_pretrained`, or a `.gguf` file.
+        dtype: the dtype of the weights in memory.
+
+    Raises:
+        InputError: nothing can be loaded from `name`.
+    """
+    path = Path(name)
+    if name.endswith(".gguf"):
+        return _load_gguf(path, dtype)
+    _refuse_missing(name, path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model.name {name!r} cannot be loaded: {reason}; give a hub id, a folder written by save_pretrained, "
+            "or a .gguf file"
+        ) from error
+    return _ready(model, tokenizer)
+
+
+def _refuse_missing(name: str, path: Path) -> None:
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise InputError(f"model.name {name!r}: there is no such folder; give a hub id, a local folder or a .gguf file")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise InputError(f"model.name {name!r}: the folder holds no config.json, so it is not a transformers model")
+
+
+def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF file into a plain model, which, unlike transformers' own object, can be saved."""
+    if not path.is_file():
+        raise InputError(f"model.name {str(path)!r}: there is no such GGUF file")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.name {str(path)!r} cannot be read as GGUF: {error}") from error
+    config = AutoConfig.for_model(**_without_quantization(loaded.config.to_dict()))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return _ready(model, tokenizer)
+
+
+def _without_quantization(config: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError("the model's tokenizer has neither a padding nor an end token; set one and save it again")
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer

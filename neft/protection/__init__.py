@@ -1,0 +1,9 @@
+"""Protection policies, one a file, found by name in a config."""
+
+from neft.protection.exclude import Exclude
+from neft.protection.none import Unprotected
+from neft.protection.policy import Learnt, ProtectionPolicy
+
+POLICIES: dict[str, type[ProtectionPolicy]] = {policy.name: policy for policy in (Exclude, Unprotected)}
+
+__all__ = ["POLICIES", "Learnt", "ProtectionPolicy"]

@@ -1,0 +1,118 @@
+"""Taps: see every neuron's activation, and the loss's gradient in it, while a model runs over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from neft.encoding import IGNORED, Batch
+from neft.neurons import NeuronSpace, Site
+
+#: Called for each site and batch with the activations (batch, tokens, neurons, repeats), the gradient of the summed
+#: loss in them (None without backward), and the mask of real tokens (batch, tokens).
+Collect = Callable[[Site, torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity that hands activation and gradient to a callback. As a Function it survives gradient checkpointing."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: torch.Tensor, see: Callable[..., None]) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(activation)
+        ctx.see = see
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (activation,) = ctx.saved_tensors
+        ctx.see(activation, gradient)
+        return gradient, None
+
+
+def run_tapped(
+    model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], collect: Collect, backward: bool
+) -> None:
+    """Run `model` over `batches` in evaluation mode and hand each site's activations to `collect`.
+
+    With `backward`, weights stay frozen and only activations get gradients, so that no weight gradient is ever held.
+    """
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(_as_it_was(model))
+        seen: dict[str, torch.Tensor] = {}
+        for site in space.sites:
+            stack.enter_context(_hooked(model, site, collect, seen, backward))
+        if backward:
+            model.enable_input_require_grads()
+            stack.callback(model.disable_input_require_grads)
+        for batch in batches:
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            seen["tokens"] = inputs["attention_mask"].bool()
+            seen["targets"] = inputs["labels"] != IGNORED
+            with torch.set_grad_enabled(backward):
+                loss = model(**inputs).loss
+            if backward:
+                (loss * _target_count(model, inputs["labels"])).backward()
+
+
+def _target_count(model: nn.Module, labels: torch.Tensor) -> int:
+    """Tokens that a transformers loss averages over: a causal model shifts its labels by one."""
+    causal = not getattr(model.config, "is_encoder_decoder", False) and "MaskedLM" not in type(model).__name__
+    return int(((labels[:, 1:] if causal else labels) != IGNORED).sum())
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with frozen weights inside; mode and `requires_grad` as before outside."""
+    training = model.training
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, site: Site, collect: Collect, seen: dict[str, torch.Tensor], backward: bool
+) -> Iterator[None]:
+    part = site.tap
+    positions = torch.from_numpy(part.positions(np.arange(site.size)))
+    # In an encoder-decoder model the decoder runs over the targets, everything else over the inputs.
+    decoder = getattr(model.config, "is_encoder_decoder", False) and "decoder" in part.module
+
+    def see(activation: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        mask = seen["targets" if decoder else "tokens"]
+
+        def of_neurons(tensor: torch.Tensor) -> torch.Tensor:
+            # Some models flatten batch and tokens before the feed-forward block.
+            return tensor.detach()[..., positions.to(tensor.device)].reshape(*mask.shape, *positions.shape)
+
+        collect(site, of_neurons(activation), None if gradient is None else of_neurons(gradient), mask)
+
+    def tap(tensor: torch.Tensor) -> torch.Tensor:
+        if backward and tensor.requires_grad:
+            return _Tap.apply(tensor, see)
+        if not backward:
+            see(tensor, None)
+        return tensor
+
+    module = model.get_submodule(part.module)
+    if part.side == "column":
+        handle = module.register_forward_pre_hook(lambda _, inputs: (tap(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, inputs, output: tap(output))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,190 @@
+"""Selection: from scores and a budget to a neuron set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from neft.errors import FailedError
+from neft.neurons import NeuronSet, NeuronSpace, Site
+from neft.scoring.scores import Scores
+
+LEAST_FRACTION, LARGEST_FRACTION = 0.01, 0.5
+
+
+class Budget(BaseModel):
+    """How much a task may train: neurons or model parameters, as a fraction or a count.
+
+    In a config a bare fraction (`0.1`) or count (`4608`) means neurons; `{parameters: 0.09}` means model parameters.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    neurons: int | float | None = Field(None, description="count, or fraction (0.01 to 0.5) of the space's neurons")
+    parameters: int | float | None = Field(
+        None, description="count, or fraction (0.01 to 0.5) of the model's parameters"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_number(cls, value: Any) -> Any:
+        return {"neurons": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_in_range(self) -> Self:
+        if (self.neurons is None) == (self.parameters is None):
+            raise ValueError("give either `neurons` or `parameters`")
+        amount = self.amount
+        if isinstance(amount, float) and not LEAST_FRACTION <= amount <= LARGEST_FRACTION:
+            raise ValueError(f"fraction {amount} is outside {LEAST_FRACTION} to {LARGEST_FRACTION}")
+        if isinstance(amount, int) and amount < 1:
+            raise ValueError(f"count {amount} must be at least 1")
+        return self
+
+    @property
+    def amount(self) -> int | float:
+        amount = self.neurons if self.neurons is not None else self.parameters
+        assert amount is not None
+        return amount
+
+    def cost(self, site: Site) -> int:
+        """What one neuron of `site` takes from the budget."""
+        return 1 if self.neurons is not None else site.neuron_parameters
+
+    def total(self, space: NeuronSpace) -> int:
+        """The budget in neurons, or in parameters."""
+        if isinstance(self.amount, int):
+            return self.amount
+        whole = len(space) if self.neurons is not None else space.model_parameters
+        return max(1, round(self.amount * whole))
+
+
+class SelectionSpec(BaseModel):
+    """How a budget is spent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rule: Literal["top_k", "threshold"] = Field(
+        "top_k", description="`top_k`: the best that the budget pays for; `threshold`: those of them at or above it"
+    )
+    scope: Literal["per_site", "global"] = Field(
+        "per_site", description="`per_site`: every layer gets its share of the budget; `global`: one ranking for all"
+    )
+    threshold: float | None = Field(None, description="least score to be chosen, for `rule: threshold`")
+
+    @model_validator(mode="after")
+    def _threshold_given(self) -> Self:
+        if (self.rule == "threshold") != (self.threshold is not None):
+            raise ValueError("`threshold` goes with `rule: threshold`, and only with it")
+        return self
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen neurons, and what is worth saying about the choice (ties at the cut, a budget not spent)."""
+
+    neurons: NeuronSet
+    notes: tuple[str, ...]
+
+
+def select(
+    scores: Scores,
+    budget: Budget,
+    spec: SelectionSpec | None = None,
+    free: NeuronSet | None = None,
+) -> Selection:
+    """Choose the highest-scored free neurons that the budget pays for.
+
+    Ties go to the earlier site and the lower index, so that the same scores always give the same set.
+
+    Raises:
+        FailedError: too few neurons are free, or none is chosen; says how many are free and what can be done.
+        InputError: `free` belongs to another neuron space.
+    """
+    spec, space = spec or SelectionSpec(), scores.space
+    free = space.all() if free is None else free
+    free.check_space(space)
+    if spec.scope == "global":
+        groups = [(list(space.sites), budget.total(space))]
+    else:
+        groups = [([site], share) for site, share in _shares(space, budget)]
+    chosen: dict[str, NDArray[np.int64]] = {}
+    notes: list[str] = []
+    for sites, limit in groups:
+        picked, group_notes = _best(scores, sites, limit, budget, spec, free)
+        notes += group_notes
+        for site in sites:
+            chosen[site.name] = picked[site.name]
+    neurons = NeuronSet(space, chosen)
+    if not neurons:
+        raise FailedError(_nothing_chosen(scores, spec, free))
+    return Selection(neurons, tuple(notes))
+
+
+def _shares(space: NeuronSpace, budget: Budget) -> list[tuple[Site, int]]:
+    """Each site's share of the budget, in proportion to what its neurons cost, by largest remainder."""
+    total = budget.total(space)
+    weights = np.array([site.size * budget.cost(site) for site in space.sites], dtype=np.float64)
+    exact = total * weights / weights.sum()
+    shares = np.floor(exact).astype(np.int64)
+    for place in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
+        shares[place] += 1
+    return [(site, int(share)) for site, share in zip(space.sites, shares, strict=True)]
+
+
+def _best(
+    scores: Scores, sites: list[Site], limit: int, budget: Budget, spec: SelectionSpec, free: NeuronSet
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """The best free neurons of `sites` whose costs add up to at most `limit`."""
+    where = sites[0].name if len(sites) == 1 else "the model"
+    owner = np.concatenate([np.full(len(free[site.name]), place) for place, site in enumerate(sites)])
+    index = np.concatenate([free[site.name] for site in sites])
+    value = torch.cat([scores.values[site.name][torch.from_numpy(free[site.name].copy())] for site in sites]).numpy()
+    cost = np.array([budget.cost(site) for site in sites], dtype=np.int64)[owner]
+    affordable = min(int(cost.sum()), limit)
+    whole = sum(site.size * budget.cost(site) for site in sites)
+    if cost.sum() < limit:
+        raise FailedError(_too_few(where, len(index), limit, whole, budget))
+    order = np.argsort(-value, kind="stable")
+    taken = order[np.cumsum(cost[order]) <= affordable]
+    notes = []
+    left = order[len(taken) :]
+    if len(taken) and len(left) and value[left[0]] == value[taken[-1]]:
+        tied = int((value[left] == value[taken[-1]]).sum())
+        notes.append(
+            f"{where}: {tied} neurons tie with the last chosen one (score {value[taken[-1]]:.3g}); lower index wins"
+        )
+    if spec.threshold is not None:
+        above = taken[value[taken] >= spec.threshold]
+        if len(above) < len(taken):
+            notes.append(
+                f"{where}: {len(above)} of {len(taken)} neurons in budget reach the threshold {spec.threshold:g}"
+            )
+        taken = above
+    return {site.name: np.sort(index[taken[owner[taken] == place]]) for place, site in enumerate(sites)}, notes
+
+
+def _too_few(where: str, free: int, limit: int, whole: int, budget: Budget) -> str:
+    unit = "neurons" if budget.neurons is not None else "parameters' worth of neurons"
+    return (
+        f"method.budget asks for {limit} {unit} in {where}, where {free} neurons are free (of {whole} {unit} in all; "
+        "earlier tasks own the rest): lower method.budget, set method.selection.scope to global, add kinds of neurons "
+        "under method.kinds, or let tasks share with method.protection: none"
+    )
+
+
+def _nothing_chosen(scores: Scores, spec: SelectionSpec, free: NeuronSet) -> str:
+    if spec.threshold is None:
+        return "method.budget is too small to pay for a single neuron; raise it"
+    best = max(
+        float(scores.values[name][torch.from_numpy(indices.copy())].max()) for name, indices in free.indices.items()
+    )
+    return (
+        f"no neuron reaches method.selection.threshold {spec.threshold:g}: the best free one scores {best:.3g}; "
+        "lower the threshold, or use rule: top_k"
+    )

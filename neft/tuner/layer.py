@@ -1,0 +1,311 @@
+"""NeftLayer: a linear layer whose chosen rows or columns are compact trainable parameters.
+
+The chosen rows live in the base weight while the adapter is in use, so that forward is one dense product; what they
+replaced is kept aside and copied back, so that the base returns bit for bit. Backward computes the gradient of the
+chosen rows alone: no dense weight gradient exists, and of the input only what that gradient needs is saved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from neft.errors import InputError
+from neft.neurons import ModuleRows, Side, matrix_shape
+from neft.overlay import storage_dim, write_rows
+
+
+class _Laid(NamedTuple):
+    """An adapter whose rows are in the base weight now, the version of them, and what they replaced."""
+
+    adapter: str
+    version: tuple[int, int]
+    originals: torch.Tensor
+
+
+class _NeuronLinear(torch.autograd.Function):
+    """y = x W^T + b with the adapters' rows in W; gradients for x and for those rows only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, layer: NeftLinear, adapters: tuple[str, ...], *rows: torch.Tensor
+    ) -> torch.Tensor:
+        layer.lay(adapters)
+        result = layer.dense(x)
+        trained = [name for name, wanted in zip(adapters, ctx.needs_input_grad[3:], strict=True) if wanted]
+        # A row's gradient needs the whole input, a column's only the inputs that the chosen columns read.
+        whole = any(layer.sides[name] == "row" for name in trained)
+        kept = [
+            x.detach().index_select(-1, layer.neft_positions[name]) for name in trained if layer.sides[name] == "column"
+        ]
+        ctx.save_for_backward(*rows, *([x] if whole else []), *kept)
+        ctx.layer, ctx.adapters, ctx.trained, ctx.whole = layer, adapters, trained, whole
+        ctx.x_dtype = x.dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        layer, count = ctx.layer, len(ctx.adapters)
+        saved = list(ctx.saved_tensors)
+        rows, saved = saved[:count], saved[count:]
+        whole = saved.pop(0) if ctx.whole else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # Another forward may have laid other rows since: the gradient is that of this forward's weight.
+            layer.lay(ctx.adapters)
+            grad_x = layer.dense_input_gradient(grad).to(ctx.x_dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        gradients: list[torch.Tensor | None] = []
+        for name, values in zip(ctx.adapters, rows, strict=True):
+            if name not in ctx.trained:
+                gradients.append(None)
+            elif layer.sides[name] == "row":
+                inputs = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
+                gradients.append((flat.index_select(1, layer.neft_positions[name]).T @ inputs).to(values.dtype))
+            else:
+                inputs = saved.pop(0)
+                inputs = inputs.reshape(-1, inputs.shape[-1]).to(grad.dtype)
+                gradients.append((inputs.T @ flat).to(values.dtype))
+        return grad_x, None, None, *gradients
+
+
+class NeftLayer(BaseTunerLayer):
+    """State of the chosen rows: compact parameters, their positions, and what is laid in the base weight now."""
+
+    adapter_layer_names = ("neft_rows",)
+    other_param_names = ("neft_positions", "sides")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.neft_rows = nn.ParameterDict({})
+        self.neft_positions = BufferDict({}, persistent=True)
+        self.sides: dict[str, Side] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.kwargs = kwargs
+        self._laid: list[_Laid] = []
+        self._weight_version = -1
+        self._checked: set[str] = set()
+        self.out_features, self.in_features = matrix_shape(type(base_layer).__name__, base_layer)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        side: Side,
+        count: int,
+        chosen: ModuleRows | None = None,
+        inference_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter of `count` rows or columns; without `chosen`, a saved adapter is to be loaded into it."""
+        self.restore()
+        weight = self.get_base_layer().weight
+        length = self.out_features if side == "row" else self.in_features
+        if not 0 < count <= length:
+            raise InputError(f"adapter {adapter_name!r} trains {count} {side}s of a module that has {length}")
+        width = self.in_features if side == "row" else self.out_features
+        if chosen is None:
+            positions = torch.full((count,), -1)
+            rows = torch.zeros(count, width, dtype=weight.dtype)
+        else:
+            positions = torch.from_numpy(chosen.positions.copy())
+            rows = self._read(side, positions.to(weight.device))
+        self.sides[adapter_name] = side
+        self.neft_positions[adapter_name] = positions
+        self.neft_rows[adapter_name] = nn.Parameter(rows, requires_grad=True)
+        self._checked.discard(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _read(self, side: Side, positions: torch.Tensor) -> torch.Tensor:
+        """A copy of rows or columns of the base weight, (k, d)."""
+        base = self.get_base_layer()
+        dim = storage_dim(base, side)
+        picked = base.weight.detach().index_select(dim, positions)
+        return picked if dim == 0 else picked.T.contiguous()
+
+    def _check(self, adapters: tuple[str, ...]) -> None:
+        """
+        Raises:
+            InputError: an adapter's positions were never loaded or lie outside the weight, or two adapters meet.
+        """
+        for name in adapters:
+            if name not in self._checked:
+                positions = self.neft_positions[name]
+                length = self.out_features if self.sides[name] == "row" else self.in_features
+                if (
+                    int(positions.min()) < 0
+                    or int(positions.max()) >= length
+                    or len(positions.unique()) < len(positions)
+                ):
+                    raise InputError(
+                        f"adapter {name!r} has no valid positions for its rows; build its config with "
+                        "NeftConfig.from_neurons, or load it with PeftModel.from_pretrained"
+                    )
+                self._checked.add(name)
+        for place, name in enumerate(adapters):
+            for other in adapters[:place]:
+                if self.sides[name] != self.sides[other] or _share(
+                    self.neft_positions[name], self.neft_positions[other]
+                ):
+                    raise InputError(
+                        f"adapters {other!r} and {name!r} train the same weights, so which value counts is undefined; "
+                        "activate one of them, or train disjoint neuron sets"
+                    )
+
+    def lay(self, adapters: tuple[str, ...]) -> None:
+        """Make the base weight hold the rows of `adapters`, over what is merged, and nothing else."""
+        weight = self.get_base_layer().weight
+        if self._laid and weight._version != self._weight_version:
+            # Somebody wrote the base weight meanwhile (loaded a state, moved it): what stands there is the base now.
+            self._laid.clear()
+        current = tuple(laid.adapter for laid in self._laid)
+        versions = tuple(self._rows_version(name) for name in adapters)
+        if current == adapters and versions == tuple(laid.version for laid in self._laid) and not self._must_write():
+            return
+        if current != adapters:
+            self.restore()
+            self._check(adapters)
+        for place, (name, version) in enumerate(zip(adapters, versions, strict=True)):
+            positions = self.neft_positions[name]
+            if current == adapters:
+                originals = self._laid[place].originals
+                self._laid[place] = _Laid(name, version, originals)
+            else:
+                # A normal tensor even inside torch.inference_mode, so that it can be copied back outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    originals = self._read(self.sides[name], positions)
+                self._laid.append(_Laid(name, version, originals))
+            write_rows(self.get_base_layer(), self.sides[name], positions, self.neft_rows[name].detach())
+        self._weight_version = weight._version
+
+    def _rows_version(self, adapter: str) -> tuple[int, int]:
+        rows = self.neft_rows[adapter]
+        return rows.data_ptr(), rows._version
+
+    def _must_write(self) -> bool:
+        """In training some optimisers write through `.data`, which leaves no trace in a tensor's version."""
+        return bool(self.training)  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        """Give the base weight back, bit for bit, as it was before the active adapters were laid on it."""
+        weight = self.get_base_layer().weight
+        if self._laid and weight._version == self._weight_version:
+            for laid in reversed(self._laid):
+                write_rows(
+                    self.get_base_layer(), self.sides[laid.adapter], self.neft_positions[laid.adapter], laid.originals
+                )
+        self._laid.clear()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.restore()
+        super().enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.restore()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.restore()
+        self._checked.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+
+def _share(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool(torch.isin(first, second).any())
+
+
+class NeftLinear(nn.Module, NeftLayer):
+    """A linear layer (`nn.Linear`, or GPT-2's `Conv1D`) with NEFT adapters."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        side: Side,
+        count: int,
+        chosen: ModuleRows | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        NeftLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self._merged_originals: list[tuple[str, torch.Tensor]] = []
+        self.transposed = isinstance(base_layer, Conv1D)
+        self.update_layer(adapter_name, side, count, chosen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters: tuple[str, ...] = ()
+        if not self.disable_adapters and not self.merged:
+            adapters = tuple(name for name in self.active_adapters if name in self.neft_rows)
+        rows = [self.neft_rows[name] for name in adapters]
+        if torch.is_grad_enabled() and (x.requires_grad or any(values.requires_grad for values in rows)):
+            return _NeuronLinear.apply(x, self, adapters, *rows)
+        self.lay(adapters)
+        return self.dense(x)
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """The base layer's product with what its weight holds now."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        return F.linear(x, weight.T if self.transposed else weight, bias)
+
+    def dense_input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the input, (..., in), from that of the output, (..., out)."""
+        weight = self.base_layer.weight.to(grad.dtype)
+        return grad @ (weight.T if self.transposed else weight)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters' rows into the base weight to stay, until `unmerge`.
+
+        Raises:
+            InputError: two of the adapters train the same weights.
+            ValueError: with `safe_merge`, rows that are not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.neft_rows]
+        if not names:
+            return
+        self.restore()
+        self._check((*self.merged_adapters, *names))
+        for name in names:
+            rows = self.neft_rows[name].detach()
+            if safe_merge and not torch.isfinite(rows).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            positions = self.neft_positions[name]
+            self._merged_originals.append((name, self._read(self.sides[name], positions)))
+            write_rows(self.get_base_layer(), self.sides[name], positions, rows)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged rows out of the base weight, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.restore()
+        while self._merged_originals:
+            name, originals = self._merged_originals.pop()
+            write_rows(self.get_base_layer(), self.sides[name], self.neft_positions[name], originals)
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """PEFT's hook for taking this layer out of the model, with or without what it learnt."""
+        self.restore()
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        return self.get_base_layer()
+
+    def __repr__(self) -> str:
+        return "neft." + super().__repr__()
