@@ -92,8 +92,10 @@ class Audit:
             if name in dims:
                 dim, index = dims[name]
                 outside -= len(index) * (tensor.numel() // tensor.shape[dim])
-                tensor = tensor.detach().clone().index_fill_(dim, index.to(tensor.device), 0)
-            digests[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+                kept = tensor.detach().clone().index_fill_(dim, index.to(tensor.device), 0)
+            else:
+                kept = tensor
+            digests[name] = hashlib.sha256(tensor_bytes(kept)).hexdigest()
         return digests, outside
 
 

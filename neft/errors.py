@@ -12,8 +12,8 @@ class NeftError(Exception):
     exit_code = 1
 
 
-class InputError(NeftError):
-    """The user's input is at fault: a config, a file, a name, an option."""
+class InputError(NeftError, ValueError):
+    """The user's input is at fault: a config, a file, a name, an option. Pydantic reports it as a ValueError."""
 
     exit_code = 2
 

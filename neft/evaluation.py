@@ -26,9 +26,13 @@ class EvaluationSpec(Spec):
 
     batch_size: int = Field(16, gt=0, description="prompts evaluated at a time")
     max_length: int | None = Field(
-        None, gt=1, description="tokens of prompt and answer; the beginning of a longer prompt is cut; default: training's"
+        None,
+        gt=1,
+        description="tokens of prompt and answer; the beginning of a longer prompt is cut; default: training's",
     )
-    general: tuple[Path, ...] = Field((), description="held-out text files of no task, for the general probe (perplexity)")
+    general: tuple[Path, ...] = Field(
+        (), description="held-out text files of no task, for the general probe (perplexity)"
+    )
     general_tokens: int = Field(4096, gt=1, description="tokens read of each general text file")
 
 
@@ -55,7 +59,9 @@ def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, s
                 results = _classified(model, tokenizer, task, spec)
             else:
                 results = _generated(model, tokenizer, task, spec)
-            values = list(tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False))
+            values = list(
+                tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False, disable=None)
+            )
     finally:
         model.train(training)
     return Score(task.metric, sum(values) / len(values), len(values))
@@ -164,8 +170,10 @@ def _generated(
     for examples in _chunks(task.eval, spec.batch_size):
         answers = generate(model, tokenizer, examples, task.max_new_tokens, spec.max_length)
         for example, answer in zip(examples, answers, strict=True):
-            yield _exact_match(answer, example.completion) if task.metric == "exact_match" else _rouge_l(
-                answer, example.completion
+            yield (
+                _exact_match(answer, example.completion)
+                if task.metric == "exact_match"
+                else _rouge_l(answer, example.completion)
             )
 
 

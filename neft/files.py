@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def save_tensors(
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={"format": kind, "description": json.dumps(description, sort_keys=True)},
+            # One key: safetensors writes several in any order, and the same content must give the same bytes.
+            metadata={"neft": json.dumps({"format": kind, "description": description}, sort_keys=True)},
         )
 
 
@@ -83,11 +85,35 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
         raise InputError(f"no such file: {path} (a {kind} was expected there)")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("neft", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        description = json.loads(metadata.get("description", "{}"))
+        description = metadata.get("description", {})
     except (SafetensorError, OSError, ValueError) as error:
         raise FailedError(f"{path} is corrupt ({error}); restore it from a copy or learn the task again") from error
     if metadata.get("format") != kind:
         raise InputError(f"{path} is a {metadata.get('format', 'foreign safetensors file')!r}, not a {kind!r}")
     return tensors, description
+
+
+@contextmanager
+def written_folder(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it is renamed to `path`, else removed.
+
+    Raises:
+        FailedError: the disk is full or the folder cannot be written; nothing is left at `path`.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

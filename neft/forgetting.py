@@ -62,7 +62,9 @@ class AccuracyMatrix:
 
     def array(self) -> NDArray[np.float64]:
         """(rows, tasks), NaN where nothing was measured."""
-        return np.array([[math.nan if score is None else score for score in row] for row in self.rows], dtype=np.float64)
+        return np.array(
+            [[math.nan if score is None else score for score in row] for row in self.rows], dtype=np.float64
+        )
 
     def metrics(self, learnt: int | None = None) -> dict[str, float]:
         """Every metric that is defined after `learnt` tasks (default: all so far), by the names in `FORMULAS`.
@@ -96,7 +98,9 @@ class AccuracyMatrix:
             InputError: not one joint score per learnt task.
         """
         if len(joint) != self.learnt or not joint:
-            raise InputError(f"intransigence needs a joint score for each of {self.learnt} learnt tasks, not {len(joint)}")
+            raise InputError(
+                f"intransigence needs a joint score for each of {self.learnt} learnt tasks, not {len(joint)}"
+            )
         matrix = self.array()
         return float(np.mean([score - matrix[place + 1, place] for place, score in enumerate(joint)]))
 

@@ -23,20 +23,20 @@ def build(role: str, known: Mapping[str, type[Strategy]], choice: Choice) -> Str
     options = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = options.pop("name", None)
     if name not in known:
-        raise InputError(f"method.{role}: unknown {role} {name!r}; {nearest(str(name), known)}")
+        raise InputError(f"unknown {role} {name!r}; {nearest(str(name), known)}")
     allowed = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
     for option in options:
         if option not in allowed:
             hint = nearest(option, allowed) if allowed else "it has no options"
-            raise InputError(f"method.{role}: {name!r} has no option {option!r}; {hint}")
+            raise InputError(f"{role} {name!r} has no option {option!r}; {hint}")
     return known[name](**options)
 
 
-def check_positive(where: str, **values: float) -> None:
+def check_positive(strategy: str, **values: float) -> None:
     """
     Raises:
         InputError: one of the values is not a number above zero.
     """
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise InputError(f"{where}: option {name!r} is {value!r}; it must be a number above 0")
+            raise InputError(f"option {name!r} of {strategy!r} is {value!r}; it must be a number above 0")

@@ -56,7 +56,7 @@ class DataSpec(Spec):
 
     hub: str | None = Field(None, description="id of a data set on the hub")
     config: str | None = Field(None, description="configuration (subset) of the hub data set")
-    split: Split = Field(Split(), description="which splits of the hub data set to use")
+    split: Split | None = Field(None, description="which splits of the hub data set to use; default: `train`, `test`")
     files: Files | None = Field(None, description="data files, instead of a hub data set")
     limit: int | PerPart | None = Field(None, description="rows to sample, with the stream's seed, from each part")
 
@@ -64,7 +64,7 @@ class DataSpec(Spec):
     def _one_source(self) -> Self:
         if (self.hub is None) == (self.files is None):
             raise ValueError("give either `hub` or `files`")
-        if self.files and (self.config or "split" in self.model_fields_set):
+        if self.files and (self.config or self.split):
             raise ValueError("`config` and `split` belong to `hub`, not to `files`")
         if isinstance(self.limit, int) and self.limit < 1:
             raise ValueError(f"`limit` is {self.limit}; it must be at least 1")
@@ -195,7 +195,7 @@ def _rows(spec: TaskSpec, part: Part) -> tuple[str, Dataset]:
         given = getattr(spec.data.files, part)
         paths = (given,) if isinstance(given, Path) else given
         return ", ".join(str(path) for path in paths), _read_files(spec.name, part, paths)
-    return f"{spec.data.hub}[{getattr(spec.data.split, part)}]", _read_hub(spec, part)
+    return f"{spec.data.hub}[{getattr(spec.data.split or Split(), part)}]", _read_hub(spec, part)
 
 
 def _read_files(task: str, part: Part, paths: Sequence[Path]) -> Dataset:
@@ -230,7 +230,7 @@ def _read_hub(spec: TaskSpec, part: Part) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    split = getattr(spec.data.split, part)
+    split = getattr(spec.data.split or Split(), part)
     try:
         return load_dataset(spec.data.hub, spec.data.config, split=split)
     except (DatasetNotFoundError, ValueError) as error:

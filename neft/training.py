@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from pydantic import Field
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,44 +29,11 @@ from trl import SFTConfig, SFTTrainer
 
 from neft.encoding import encode
 from neft.errors import FailedError, InputError
-from neft.tasks import Example, Spec, Task
+from neft.tasks import Example, Task
+from neft.training_spec import TrainingSpec
 
 #: Called with the step and the values of one log entry: loss, learning_rate, grad_norm, ...
 OnLog = Callable[[int, Mapping[str, float]], None]
-
-
-class TrainingSpec(Spec):
-    """Masked SFT. Names and meanings are those of TRL's `SFTConfig`, early stopping's aside."""
-
-    num_train_epochs: float = Field(3.0, gt=0, description="passes over the data, when `max_steps` is not given")
-    max_steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
-    lr_scheduler_type: str = Field("linear", description="schedule, by its name in transformers")
-    warmup_steps: float = Field(0, ge=0, description="warm-up steps; below 1, their share of all steps")
-    per_device_train_batch_size: int = Field(8, gt=0, description="examples in a batch on one device")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="batches that make one step")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
-    bf16: bool = Field(False, description="run in bfloat16 by autocast")
-    max_length: int = Field(512, gt=1, description="tokens of an example; the beginning of a longer prompt is cut")
-    packing: bool = Field(False, description="put several examples into one sequence (needs FlashAttention)")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, on the chosen rows alone")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first beta")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second beta")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm to clip at; 0 for none")
-    optim: str = Field("adamw_torch", description="optimiser, by its name in transformers")
-    label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="label smoothing")
-    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings (NEFTune)")
-    dataloader_num_workers: int = Field(0, ge=0, description="processes that load batches")
-    torch_compile: bool = Field(False, description="compile the model")
-    logging_steps: int = Field(5, gt=0, description="steps between points of the training curves")
-    early_stopping_patience: int | None = Field(
-        None, gt=0, description="stop after so many looks at held-out loss without a better one, and keep the best"
-    )
-    eval_steps: int = Field(20, gt=0, description="steps between looks at held-out loss, with early stopping")
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the training rows held out for early stopping (never evaluation rows)"
-    )
 
 
 @dataclass(frozen=True)
@@ -94,8 +64,8 @@ def train(
         InputError: settings that TRL or transformers refuse.
     """
     training, validation = _split(task.train, spec, seed)
-    with tempfile.TemporaryDirectory(prefix="neft-training-") as folder:
-        callbacks: list[TrainerCallback] = [_LogCallback(on_log)] if on_log else []
+    with tempfile.TemporaryDirectory(prefix="neft-training-") as folder, _as_configured(model):
+        callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
         try:
@@ -109,19 +79,31 @@ def train(
             )
         except ValueError as error:
             raise InputError(f"training: {str(error).strip().splitlines()[0]}") from error
+        # The trainer's own bar also prints every log entry; ours does not.
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         outcome = trainer.train()
         seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
     _check_finite(model, task, outcome.training_loss)
     return TrainingResult(outcome.global_step, seconds, outcome.training_loss)
 
 
-class _LogCallback(TrainerCallback):
-    """Passes the points of the training curves on as they are logged."""
+class _Progress(TrainerCallback):
+    """One bar with the loss and an estimate, on a terminal; the training curves to whoever listens."""
 
-    def __init__(self, receive: OnLog):
-        self.receive = receive
+    def __init__(self, name: str, on_log: OnLog | None):
+        self.name, self.receive = name, on_log
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=f"training {self.name}", leave=False, disable=None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self,
@@ -132,7 +114,31 @@ class _LogCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
-        self.receive(state.global_step, values)
+        if self.bar is not None and "loss" in values:
+            self.bar.set_postfix(loss=f"{values['loss']:.3f}")
+        if self.receive is not None:
+            self.receive(state.global_step, values)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextmanager
+def _as_configured(model: nn.Module) -> Iterator[None]:
+    """Undo what training sets on a model besides its weights: mode, cache, checkpointing and its hooks, gradients."""
+    use_cache, training = model.config.use_cache, model.training
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        if model.is_gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.zero_grad(set_to_none=True)
+        model.train(training)
 
 
 def _split(

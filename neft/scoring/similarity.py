@@ -32,7 +32,7 @@ class Similarity:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("method.scorer similarity", steps=self.steps, learning_rate=self.learning_rate)
+        check_positive(self.name, steps=self.steps, learning_rate=self.learning_rate)
 
     def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
         parameters = dict(model.named_parameters())

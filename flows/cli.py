@@ -1,0 +1,232 @@
+"""The command `neft`: run a stream, report what was forgotten, look into the registry."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from neft.errors import InputError, NeftError
+
+if TYPE_CHECKING:
+    from registry import Registry
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, help=__doc__)
+registry_app = typer.Typer(no_args_is_help=True, help="Look up, and check out, what has been learnt.")
+app.add_typer(registry_app, name="registry")
+
+_OUT = Console(soft_wrap=True)
+_debug = False
+
+
+def _set_debug(value: bool) -> None:
+    global _debug  # noqa: PLW0603 - read once, by `main`, after the command has failed
+    _debug = _debug or value
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", callback=_set_debug)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Location = Annotated[
+    Path | None, typer.Option("--registry", help="Folder of the registry; default: the one in neft's home.")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The stream's YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=20.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Learn a stream's tasks in order; started again, go on where it stopped.
+
+    Example: neft run configs/demo.yaml --set training.max_steps=20
+    """
+    from flows.config import load_config
+    from flows.launch import run_stream
+
+    parsed = load_config(config, overrides or ())
+    run_stream(parsed, debug)
+    location = parsed.registry.location
+    _print_report([parsed.stream], location, as_json=False)
+    _print_directions(parsed.stream, location)
+
+
+@app.command()
+def report(
+    streams: Annotated[list[str], typer.Argument(help="Streams, by name.", show_default=False)],
+    json_: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the first stream's R matrix to this PNG or SVG.")] = None,
+    location: Location = None,
+    debug: Debug = False,
+) -> None:
+    """Print the R matrix and the metrics of each stream's newest run.
+
+    Example: neft report demo demo-full
+    """
+    _print_report(streams, location, json_)
+    if plot is not None:
+        _draw(streams[0], location, plot)
+
+
+@registry_app.command("list")
+def list_entries(
+    stream: Annotated[str | None, typer.Option(help="Only entries of this stream.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only versions of this task.")] = None,
+    json_: Json = False,
+    location: Location = None,
+    debug: Debug = False,
+) -> None:
+    """List the entries, newest last.
+
+    Example: neft registry list --stream demo
+    """
+    with _registry(location) as registry:
+        entries = registry.list(stream, task)
+    if json_:
+        _print_json([entry.to_dict() for entry in entries])
+        return
+    table = Table("entry", "stream", "built on", "neurons", "parameters", "score", "learnt at")
+    for entry in entries:
+        score = entry.metrics.get("scores", {}).get(entry.task)
+        table.add_row(
+            entry.reference,
+            entry.stream,
+            entry.parent or "the base model",
+            f"{entry.neuron_count:,}",
+            f"{entry.parameter_count:,}",
+            "-" if score is None else f"{score:.3f}",
+            f"{entry.created_at:%Y-%m-%d %H:%M}",
+        )
+    _OUT.print(table)
+
+
+@registry_app.command()
+def show(
+    task: Annotated[str, typer.Argument(help="A task, or a version of it: TASK@2.", show_default=False)],
+    json_: Json = False,
+    location: Location = None,
+    debug: Debug = False,
+) -> None:
+    """Show one entry: its neurons, what it was learnt from and how, and its metrics.
+
+    Example: neft registry show bbc-topic
+    """
+    with _registry(location) as registry:
+        entry = registry.get(task)
+        neurons = registry.neurons(entry)
+    sites = {name: len(indices) for name, indices in neurons.indices.items()}
+    described = entry.to_dict() | {"sites": sites}
+    if json_:
+        _print_json(described)
+        return
+    table = Table("field", "value", title=entry.reference)
+    for name, value in described.items():
+        table.add_row(name, value if isinstance(value, str) else json.dumps(value, indent=1))
+    _OUT.print(table)
+
+
+@registry_app.command()
+def checkout(
+    task: Annotated[str, typer.Argument(help="A task, or a version of it: TASK@2.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder to write the model to; must not exist.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
+    json_: Json = False,
+    location: Location = None,
+    debug: Debug = False,
+) -> None:
+    """Write the model as it stood after a task, bit for bit, to a folder that transformers loads.
+
+    Example: neft registry checkout bbc-topic --to models/after-bbc
+    """
+    if to.exists():
+        raise InputError(f"--to {to} exists already; name a new folder")
+    from neft.files import written_folder
+
+    with _registry(location) as registry:
+        entry = registry.get(task)
+        model, tokenizer = registry.checkout(entry, base=base)
+        with written_folder(to) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    if json_:
+        _print_json({"entry": entry.reference, "folder": str(to), "state_digest": entry.state_digest})
+        return
+    _OUT.print(f"{entry.reference}: the model after it is in {to}, bit for bit (state {entry.state_digest[:12]})")
+
+
+def _registry(location: Path | None) -> closing[Registry]:
+    from flows.home import Home
+    from registry import Registry
+
+    folder = location or Home.find().registry
+    if not (folder / "registry.db").exists():
+        raise InputError(f"there is no registry in {folder}; run a stream first, or name its folder with --registry")
+    return closing(Registry.open(folder))
+
+
+def _print_report(streams: list[str], location: Path | None, as_json: bool) -> None:
+    from flows import report as reports
+
+    with _registry(location) as registry:
+        runs = [registry.newest_run(stream) for stream in streams]
+    if as_json:
+        described = [reports.as_json(run) for run in runs]
+        _print_json(described[0] if len(described) == 1 else described)
+    else:
+        _OUT.print(reports.as_table(runs))
+
+
+def _draw(stream: str, location: Path | None, path: Path) -> None:
+    from flows.figures import heatmap
+    from flows.report import matrix_of
+
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {path} ends in {path.suffix!r}; name a .png or .svg file")
+    with _registry(location) as registry:
+        matrix = matrix_of(registry.newest_run(stream))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    heatmap(matrix, f"R matrix of {stream}").savefig(path, dpi=120)
+
+
+def _print_directions(stream: str, location: Path | None) -> None:
+    """Where to look next."""
+    with _registry(location) as registry:
+        found = registry.newest_run(stream)
+        entries = registry.list(stream)
+    tracking = dict(found.tracking or {})
+    uri, experiment = tracking.get("uri", ""), tracking.get("experiment_id", "")
+    view = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART"
+    lines = ["", "Look further:", f"  neft report {stream} --json"]
+    if entries:
+        task = entries[-1].task
+        lines += ["  neft registry list", f"  neft registry checkout {task} --to models/after-{task}"]
+    if uri.startswith("sqlite"):
+        lines += [f"  mlflow ui --backend-store-uri {uri}", f"    then open http://127.0.0.1:5000{view}"]
+    else:
+        lines += [f"  {uri.rstrip('/')}{view}"]
+    _OUT.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the command line; a mistake or a failure is one sentence on standard error, exit code 2 or 1."""
+    try:
+        app()
+    except NeftError as error:
+        if _debug:
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"neft: {error}", markup=False)
+        sys.exit(error.exit_code)

@@ -1,0 +1,223 @@
+"""The config: one YAML file that names a stream's model, tasks, method, training, evaluation and where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from neft.architectures import Anatomy
+from neft.baselines import BASELINES
+from neft.errors import InputError, nearest
+from neft.evaluation import EvaluationSpec
+from neft.models import Dtype
+from neft.neurons import Kind
+from neft.protection import POLICIES
+from neft.scoring import SCORERS
+from neft.selection import Budget, SelectionSpec
+from neft.strategies import Choice, build
+from neft.tasks import Spec, TaskSpec
+from neft.training_spec import TrainingSpec
+
+
+class ModelSpec(Spec):
+    """The base model."""
+
+    name: str = Field(description="hub id, local folder, or `.gguf` file")
+    dtype: Dtype = Field("float32", description="dtype of the weights in memory")
+    neurons: Anatomy | None = Field(None, description="where the neurons are, for a model family neft does not know")
+
+
+class MethodSpec(Spec):
+    """How a task is learnt."""
+
+    kinds: tuple[Kind, ...] = Field(("ffn",), description="kinds of neurons to choose from")
+    scorer: Choice = Field("taylor", description="scorer, by name, or `{name: ..., option: ...}`")
+    scoring_examples: int = Field(48, gt=0, description="training examples that the scorer reads")
+    budget: Budget = Field(
+        Budget(neurons=0.1), description="how much a task may train: `0.1`, `4608`, or `{parameters: 0.09}`"
+    )
+    selection: SelectionSpec = Field(SelectionSpec(), description="how the budget is spent")
+    protection: Choice = Field("exclude", description="protection policy, by name, or with options")
+    baseline: Choice | None = Field(
+        None, description="train by this baseline instead of by neurons: `full`, `lora`; nothing is recorded to reuse"
+    )
+
+    @model_validator(mode="after")
+    def _known_strategies(self) -> Self:
+        build("scorer", SCORERS, self.scorer)
+        build("protection policy", POLICIES, self.protection)
+        if self.baseline is not None:
+            build("baseline", BASELINES, self.baseline)
+        return self
+
+
+class TrackingSpec(Spec):
+    """Where runs are shown. The environment (`MLFLOW_TRACKING_URI`, `PREFECT_API_URL`) stands in for what is absent."""
+
+    mlflow: str | None = Field(None, description="MLflow tracking URI; default: an SQLite store in neft's home")
+    prefect: str | None = Field(None, description="URL of a Prefect server's API; default: Prefect's own ephemeral one")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the stream's name")
+
+
+class RegistrySpec(Spec):
+    """Where entries are recorded."""
+
+    location: Path | None = Field(None, description="folder of the registry; default: `registry` in neft's home")
+
+
+class StreamConfig(Spec):
+    """A stream: a base model and the tasks that it learns, in order."""
+
+    stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the stream")
+    model: ModelSpec = Field(description="the base model")
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1, description="the tasks, in the order they are learnt")
+    method: MethodSpec = Field(MethodSpec(), description="how a task is learnt")
+    training: TrainingSpec = Field(TrainingSpec(), description="masked SFT, in the words of TRL's `SFTConfig`")
+    evaluation: EvaluationSpec = Field(EvaluationSpec(), description="how models are evaluated")
+    tracking: TrackingSpec = Field(TrackingSpec(), description="where runs are shown")
+    registry: RegistrySpec = Field(RegistrySpec(), description="where entries are recorded")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, scoring and training")
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique_names(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        names = [task.name for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two tasks are called {name!r}; names in a stream must differ")
+        return tasks
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
+    """Read a config, with `a.b=c` overrides on top; relative paths in it are relative to its folder.
+
+    Raises:
+        InputError: no such file, not YAML, or every key that is wrong, one a line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such config: {path}; give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} is not a mapping of keys to values; start with `stream: NAME`")
+    for override in overrides:
+        _apply(raw, override)
+    return _anchored(validate_config(raw, str(path)), path.parent.resolve())
+
+
+def validate_config(raw: Mapping[str, Any], where: str) -> StreamConfig:
+    """
+    Raises:
+        InputError: every key that is wrong, one a line, each with its value and what to do.
+    """
+    try:
+        return StreamConfig.model_validate(raw)
+    except ValidationError as error:
+        complaints = list(dict.fromkeys(_complaints(error)))
+        raise InputError("\n".join(f"{where}: {complaint}" for complaint in complaints)) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b=c` in a raw config; list items are named by their number."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r} is not of the form key.subkey=value")
+    *parents, last = key.split(".")
+    place: Any = raw
+    for name in parents:
+        place = place.setdefault(name, {}) if isinstance(place, dict) else _item(place, name, override)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(place, dict):
+        place[last] = parsed
+    else:
+        _item(place, last, override)
+        place[int(last)] = parsed
+
+
+def _item(place: Any, name: str, override: str) -> Any:
+    if not isinstance(place, list) or not name.isdigit() or int(name) >= len(place):
+        size = f"a list of {len(place)} items" if isinstance(place, list) else "no mapping"
+        raise InputError(f"--set {override!r}: {name!r} is looked for in {size}; name a key, or an item by its number")
+    return place[int(name)]
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        inside = [other for other in problems if other["loc"][: len(problem["loc"])] == problem["loc"]]
+        if problem["type"] == "too_short" and len(inside) > 1:
+            continue  # a list whose items are all refused counts as empty
+        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+        key = ".".join(str(part) for part in location)
+        value = problem["input"]
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            hint = f"; {nearest(str(location[-1]), known)}" if known else ""
+            yield f"unknown key {key!r}{hint}"
+        elif problem["type"] == "missing":
+            yield f"key {key!r} is missing; give it a value"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(value, dict | list | BaseModel) else f" (value {value!r})"
+            yield f"{key}: {message}{shown}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Pydantic names the branch of a union that it tried; a config's reader has no use for it."""
+    return isinstance(part, str) and (not part.replace("_", "").isalnum() or part in _TAGS)
+
+
+_TAGS = {"str", "int", "float", "bool", "Message", "PerPart", "function-after", "function-before"}
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Keys that the part of the config at `location` knows."""
+    model: type[BaseModel] | None = StreamConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if model is None or part not in model.model_fields:
+            return []
+        model = _model_in(model.model_fields[part].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
+    return None
+
+
+def _anchored(config: StreamConfig, folder: Path) -> StreamConfig:
+    """The config with every relative path made absolute, from the folder of its file."""
+    anchored = _with_paths(config, folder)
+    name = config.model.name
+    local = name.startswith(("./", "../", "~")) or name.endswith(".gguf") or (folder / name).is_dir()
+    if local:
+        absolute = str((folder / Path(name).expanduser()).resolve())
+        anchored = anchored.model_copy(update={"model": config.model.model_copy(update={"name": absolute})})
+    return anchored
+
+
+def _with_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, Path):
+        return (folder / value.expanduser()).resolve()
+    if isinstance(value, tuple):
+        return tuple(_with_paths(item, folder) for item in value)
+    if isinstance(value, BaseModel):
+        changes = {name: _with_paths(getattr(value, name), folder) for name in type(value).model_fields}
+        return value.model_copy(update={name: new for name, new in changes.items() if new is not getattr(value, name)})
+    return value

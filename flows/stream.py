@@ -1,0 +1,128 @@
+"""The stream as Prefect flows: tasks in order, each loaded, scored, given a set, trained, evaluated and recorded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from prefect import flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.config import StreamConfig, validate_config
+from flows.environment import mlflow_uri
+from flows.home import Home
+from flows.progress import say
+from flows.tracking import Tracker
+from flows.workbench import Workbench, current, on
+from neft.errors import FailedError
+from registry import Registry
+
+# What was done is decided by the registry alone, so Prefect neither caches nor keeps results.
+# Steps take names alone: the model stays on the workbench and never passes through Prefect.
+_step = partial(task, cache_policy=NO_CACHE, persist_result=False)
+
+
+@_step(task_run_name="load")
+def load() -> None:
+    """Load the model and the tasks' data."""
+    current().load()
+
+
+@_step(task_run_name="score {name}")
+def score(name: str) -> None:
+    """Score the neurons for a task."""
+    current().score()
+
+
+@_step(task_run_name="select {name}")
+def select(name: str) -> None:
+    """Choose a task's neurons."""
+    current().select()
+
+
+@_step(task_run_name="train {name}")
+def train(name: str) -> None:
+    """Train a task's neurons and audit that nothing else changed, or learn it by the configured baseline."""
+    bench = current()
+    if bench.config.method.baseline is None:
+        bench.train()
+    else:
+        bench.train_baseline()
+
+
+@_step(task_run_name="evaluate after {name}")
+def evaluate(name: str) -> None:
+    """Evaluate the model as it stands on every task of the stream."""
+    current().evaluate()
+
+
+@_step(task_run_name="record {name}")
+def record(name: str) -> None:
+    """Record a task's entry in the registry."""
+    current().record()
+
+
+@flow(name="neft-task", flow_run_name="{name}", persist_result=False)
+def learn_task(position: int, name: str) -> None:
+    """Learn one task of the stream, unless this very work is recorded."""
+    bench = current()
+    bench.begin(position)
+    if bench.recall():
+        evaluate(name)
+        return
+    bench.open_task()
+    if bench.config.method.baseline is None:
+        score(name)
+        select(name)
+    train(name)
+    evaluate(name)
+    record(name)
+
+
+@flow(name="neft-stream", flow_run_name="{stream}", persist_result=False)
+def learn_stream(stream: str, config: dict[str, Any]) -> int:
+    """Learn a stream's tasks in order; returns the registry's id of the run.
+
+    Args:
+        stream: the stream's name.
+        config: a stream's config, as `StreamConfig.model_dump(mode="json")` gives it.
+    """
+    parsed = validate_config(config, f"stream {stream}")
+    home = Home.find()
+    uri = mlflow_uri(parsed, home)
+    registry = Registry.open(parsed.registry.location or home.registry)
+    artifacts = None if uri.startswith(("http://", "https://")) else home.mlflow_artifacts
+    tracker = Tracker(uri, parsed.tracking.experiment or parsed.stream, artifacts)
+    bench = Workbench(parsed, registry, tracker, str(runtime.flow_run.id or "") or None)
+    try:
+        with on(bench):
+            return _learn(bench, parsed)
+    finally:
+        registry.close()
+
+
+def _learn(bench: Workbench, config: StreamConfig) -> int:
+    load()
+    if not bench.open_run():
+        say(f"stream {config.stream!r} is learnt already (run {bench.run.id}): nothing to do")
+        return bench.run.id
+    try:
+        evaluate("nothing")
+        for position, spec in enumerate(config.tasks):
+            learn_task(position, spec.name)
+        bench.finish()
+    except BaseException as error:
+        _close_failed(bench, error)
+        raise
+    return bench.run.id
+
+
+def _close_failed(bench: Workbench, error: BaseException) -> None:
+    """Leave the run in a truthful state, also when it was interrupted; it goes on from there when started again."""
+    reason = str(error).strip() or type(error).__name__
+    bench.registry.update_run(bench.run.id, status="failed", error=reason[:2000])
+    try:
+        bench.tracker.finish(bench.tracker.run_id, finished=False)
+    except FailedError as second:
+        # The first failure is the one to report; this one only leaves MLflow's own record of the run open.
+        say(str(second))

@@ -1,0 +1,473 @@
+"""The workbench: what a stream run holds in memory while its flow goes on, and the work of each step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from flows.config import StreamConfig
+from flows.figures import heatmap
+from flows.progress import say
+from flows.tracking import Tracker, library_versions
+from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
+from neft.baselines import BASELINES
+from neft.encoding import batches
+from neft.errors import FailedError
+from neft.evaluation import Probe, evaluate, load_probes, perplexity
+from neft.forgetting import AccuracyMatrix, general_delta
+from neft.models import load_base
+from neft.neurons import NeuronSpace
+from neft.overlay import Overlay
+from neft.protection import POLICIES, Learnt
+from neft.scoring import SCORERS, Scores
+from neft.selection import Selection, select
+from neft.strategies import build
+from neft.tasks import Task, load_task
+from neft.training import TrainingResult, train
+from neft.tuner import NeftConfig
+from registry import Entry, NewEntry, Registry, Run
+
+
+def digest(description: Any) -> str:
+    """SHA-256 of a JSON description."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Work:
+    """One task on the bench: what its steps have made so far."""
+
+    position: int
+    task: Task
+    input_digest: str
+    run_id: str = ""
+    scores: Scores | None = None
+    selection: Selection | None = None
+    overlay: Overlay | None = None
+    audit: AuditResult | None = None
+    result: TrainingResult | None = None
+    state: str = ""
+
+
+class Workbench:
+    """The model as it stands, the stream's tasks, and where the run is recorded and shown.
+
+    Prefect's tasks call its methods by name, so that no model ever passes through Prefect.
+    """
+
+    def __init__(self, config: StreamConfig, registry: Registry, tracker: Tracker, flow_run_id: str | None):
+        self.config, self.registry, self.tracker = config, registry, tracker
+        self.flow_run_id = flow_run_id
+        self.model: nn.Module
+        self.tokenizer: PreTrainedTokenizerBase
+        self.tasks: tuple[Task, ...] = ()
+        self.probes: tuple[Probe, ...] = ()
+        self.space: NeuronSpace
+        self.base = ""
+        self.state = ""
+        self.run: Run
+        self.matrix: AccuracyMatrix
+        self.general: list[dict[str, float]] = []
+        self.chain: list[Entry] = []
+        self.reused_scores = 0
+        self._work: Work | None = None
+
+    # Before the first task
+
+    def load(self) -> None:
+        """Load data and model, and find the neurons. Data comes first: its mistakes are found in a second."""
+        start = time.perf_counter()
+        self.tasks = tuple(load_task(spec, self.config.seed) for spec in self.config.tasks)
+        self.probes = load_probes(self.config.evaluation)
+        self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
+        self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
+        self.base = base_fingerprint(self.model)
+        self.state = state_digest(self.model)
+        self.matrix = AccuracyMatrix(
+            tuple(task.name for task in self.tasks), (), tuple(len(task.eval) for task in self.tasks)
+        )
+        say(
+            f"loaded {self.config.model.name} ({self.space.model_parameters:,} parameters, {len(self.space):,} neurons "
+            f"in {len(self.space.sites)} sites) and {len(self.tasks)} tasks in {time.perf_counter() - start:.1f} s"
+        )
+
+    @property
+    def config_digest(self) -> str:
+        """Identity of what this run computes: by content, not by the names of files."""
+        return digest(
+            {
+                "base": self.base,
+                "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in self.tasks],
+                "method": self._method(),
+                "training": self._training(),
+                "evaluation": self._evaluation(),
+                "probes": [probe.fingerprint for probe in self.probes],
+                "seed": self.config.seed,
+            }
+        )
+
+    def _method(self) -> dict[str, Any]:
+        return self.config.method.model_dump(mode="json")
+
+    def _training(self) -> dict[str, Any]:
+        return self.config.training.model_dump(mode="json")
+
+    def _evaluation(self) -> dict[str, Any]:
+        return self.config.evaluation.model_dump(mode="json", exclude={"general", "general_tokens"})
+
+    def open_run(self) -> bool:
+        """Begin this run, or go on with it where it stopped; False when it is finished already."""
+        stream, identity = self.config.stream, self.config_digest
+        finished = self.registry.finished_run(stream, identity)
+        if finished is not None:
+            self.run = finished
+            return False
+        self.registry.add_base_model(
+            self.base,
+            self.config.model.name,
+            self.config.model.dtype,
+            json.loads(self.model.config.to_json_string()),
+            self.space.model_parameters,
+        )
+        left = self.registry.unfinished_run(stream, identity)
+        known = left is not None and left.mlflow_run_id and (left.tracking or {}).get("uri") == self.tracker.uri
+        run_id = self.tracker.start(
+            stream, self._params(), self._tags(), resumed=left.mlflow_run_id if left and known else None
+        )
+        tracking = {"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id}
+        if left is None:
+            self.run = self.registry.start_run(
+                stream=stream,
+                config_digest=identity,
+                config=self.config.model_dump(mode="json"),
+                tasks=[task.name for task in self.tasks],
+                mlflow_run_id=run_id,
+                tracking=tracking,
+                prefect_flow_run_id=self.flow_run_id,
+            )
+        else:
+            say(f"going on with run {left.id} of stream {stream!r}, which stopped before its end")
+            self.run = self.registry.update_run(
+                left.id,
+                status="running",
+                mlflow_run_id=run_id,
+                tracking=tracking,
+                prefect_flow_run_id=self.flow_run_id,
+            )
+        return True
+
+    def _params(self) -> dict[str, Any]:
+        method = self._method()
+        named = {f"method.{key}": value for key, value in method.items()}
+        named |= {f"training.{key}": value for key, value in self._training().items()}
+        return named | {
+            "stream": self.config.stream,
+            "model": self.config.model.name,
+            "tasks": ", ".join(task.name for task in self.tasks),
+            "seed": self.config.seed,
+        }
+
+    def _tags(self) -> dict[str, str]:
+        versions = {f"neft.version.{name}": number for name, number in library_versions().items()}
+        return versions | {
+            "neft.stream": self.config.stream,
+            "neft.seed": str(self.config.seed),
+            "neft.base_model": self.base,
+            "neft.config_digest": self.config_digest,
+            "neft.prefect_flow_run": self.flow_run_id or "",
+        }
+
+    # One task
+
+    @property
+    def work(self) -> Work:
+        """The task on the bench."""
+        assert self._work is not None
+        return self._work
+
+    def begin(self, position: int) -> None:
+        """Put a task on the bench, in place of the one before."""
+        task = self.tasks[position]
+        inputs = {
+            "base": self.base,
+            "parent": self.state,
+            "task": task.name,
+            "data": task.train_fingerprint,
+            "method": self._method(),
+            "training": self._training(),
+            "seed": self.config.seed,
+        }
+        self._work = Work(position, task, digest(inputs))
+
+    def recall(self) -> bool:
+        """Lay a recorded overlay on, when this very work was done before; True if so."""
+        work = self.work
+        entry = None if self.config.method.baseline else self.registry.find(work.input_digest)
+        if entry is None:
+            return False
+        self.registry.overlay(entry).lay_on(self.model)
+        self.state = state_digest(self.model)
+        if self.state != entry.state_digest:
+            raise FailedError(
+                f"entry {entry.reference} does not give back the state it was recorded with; run `neft registry "
+                f"checkout {entry.reference}` to see what is damaged"
+            )
+        self.chain.append(entry)
+        say(f"{self._head()} recorded as {entry.reference}, not learnt again")
+        return True
+
+    def _head(self) -> str:
+        work = self.work
+        return f"[{work.position + 1}/{len(self.tasks)}] {work.task.name}:"
+
+    def open_task(self) -> None:
+        """Begin the task's MLflow run."""
+        work = self.work
+        params = {"task": work.task.name, "position": work.position + 1, "metric": work.task.metric}
+        params |= {"train_examples": len(work.task.train), "eval_examples": len(work.task.eval)}
+        work.run_id = self.tracker.start_task(
+            work.task, params, {"neft.stream": self.config.stream, "neft.seed": str(self.config.seed)}
+        )
+
+    def score(self) -> None:
+        """Score the neurons for the task, on a sample of its training data."""
+        work = self.work
+        start = time.perf_counter()
+        scorer = build("scorer", SCORERS, self.config.method.scorer)
+        examples = work.task.train[: self.config.method.scoring_examples] if scorer.needs_data else ()
+        size, length = self.config.training.per_device_train_batch_size, self.config.training.max_length
+        read = list(batches(self.tokenizer, examples, size, length))
+        work.scores = scorer.score(self.model, self.space, read, self.config.seed)
+        seconds = time.perf_counter() - start
+        self.tracker.log(work.run_id, {"scoring/seconds": seconds, "scoring/examples": len(examples)}, 0)
+        say(f"{self._head()} scored {len(self.space):,} neurons by {scorer.name} in {seconds:.1f} s")
+
+    def select(self) -> None:
+        """Choose the task's neurons among those that the protection policy leaves free."""
+        work = self.work
+        assert work.scores is not None
+        policy = build("protection policy", POLICIES, self.config.method.protection)
+        earlier = [Learnt(entry.task, self.registry.neurons(entry)) for entry in self.chain]
+        free = policy.free(self.space, earlier)
+        method = self.config.method
+        work.selection = select(work.scores, method.budget, method.selection, free)
+        neurons = work.selection.neurons
+        for note in work.selection.notes:
+            say(f"{self._head()} {note}")
+        self.tracker.log_neurons(work.run_id, neurons)
+        sizes = {
+            "selection/neurons": len(neurons),
+            "selection/parameters": neurons.parameters,
+            "selection/free_before": len(free),
+        }
+        sizes |= {f"selection/iou/{learnt.task}": neurons.iou(learnt.neurons) for learnt in earlier}
+        self.tracker.log(work.run_id, sizes, 0)
+        say(
+            f"{self._head()} chose {len(neurons):,} of {len(free):,} free neurons "
+            f"({neurons.parameter_fraction:.1%} of the model's parameters)"
+        )
+
+    def train(self) -> None:
+        """Masked SFT on the chosen neurons, then the audit that nothing else has changed."""
+        work = self.work
+        assert work.selection is not None
+        neurons = work.selection.neurons
+        audit = Audit(self.model, neurons)
+        peft_model = get_peft_model(self.model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
+        try:
+            work.result = self._fit(peft_model)
+            work.overlay = peft_model.base_model.overlay(neurons)
+        finally:
+            self.model = peft_model.unload()
+        before = work.overlay.lay_on(self.model)
+        work.audit = audit.compare(self.model)
+        if not work.audit.identical:
+            before.lay_on(self.model)
+            changed = ", ".join(work.audit.changed[:5])
+            raise FailedError(
+                f"task {work.task.name!r} failed its audit: weights outside its neuron set changed ({changed}); "
+                "nothing is recorded, report this as a bug"
+            )
+        self._trained()
+
+    def train_baseline(self) -> None:
+        """Learn the task by the configured baseline."""
+        work = self.work
+        assert self.config.method.baseline is not None
+        baseline = build("baseline", BASELINES, self.config.method.baseline)
+        prepared = baseline.prepare(self.model, self.config.seed)
+        work.result = self._fit(prepared)
+        self.model = baseline.finish(prepared)
+        self._trained()
+
+    def _fit(self, model: nn.Module) -> TrainingResult:
+        work = self.work
+
+        def show(step: int, values: Mapping[str, float]) -> None:
+            self.tracker.log(work.run_id, {f"train/{name}": value for name, value in values.items()}, step)
+
+        return train(model, self.tokenizer, work.task, self.config.training, self.config.seed, show)
+
+    def _trained(self) -> None:
+        work = self.work
+        assert work.result is not None
+        self.state = work.state = state_digest(self.model)
+        audited = "" if work.audit is None else f", {work.audit.parameters_outside:,} other parameters bit-identical"
+        say(
+            f"{self._head()} trained {work.result.steps} steps in {work.result.seconds:.1f} s, "
+            f"mean loss {work.result.loss:.3f}{audited}"
+        )
+
+    # Every state
+
+    def evaluate(self) -> None:
+        """Measure the model as it stands on every task and probe: the next row of the R matrix."""
+        learnt = len(self.matrix.rows)
+        row = [self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task)) for task in self.tasks]
+        probes = {
+            probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe))
+            for probe in self.probes
+        }
+        self.matrix = self.matrix.with_row(row)
+        self.general.append(probes)
+        shown = {f"{task.metric}/{task.name}": score for task, score in zip(self.tasks, row, strict=True)}
+        shown |= {f"continual/{name}": value for name, value in self.metrics().items()}
+        shown |= {f"perplexity/{name}": value for name, value in probes.items()}
+        self.tracker.log_row(shown, learnt)
+        self.run = self.registry.update_run(self.run.id, matrix=self.matrix.to_dict(), metrics=self.metrics())
+        scores = ", ".join(f"{task.name} {score:.3f}" for task, score in zip(self.tasks, row, strict=True))
+        say(f"{'untouched model' if learnt == 0 else f'after {learnt} of {len(self.tasks)}'}: {scores}")
+
+    def _score(self, task: Task) -> Callable[[], tuple[float, int]]:
+        def measure() -> tuple[float, int]:
+            spec = self.config.evaluation
+            if spec.max_length is None:
+                spec = spec.model_copy(update={"max_length": self.config.training.max_length})
+            score = evaluate(self.model, self.tokenizer, task, spec)
+            return score.value, score.examples
+
+        return measure
+
+    def _perplexity(self, probe: Probe) -> Callable[[], tuple[float, int]]:
+        return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens)
+
+    def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], tuple[float, int]]) -> float:
+        """A score of this very state on this very data: from this stream's ledger if it is there, else measured."""
+        identity = digest(
+            [self.config.stream, fingerprint, metric, self._evaluation(), self.config.training.max_length]
+        )
+        known = self.registry.evaluation(self.state, identity)
+        if known is not None:
+            self.reused_scores += 1
+            return known.value
+        start = time.perf_counter()
+        value, examples = measure()
+        self.registry.record_evaluation(
+            state_digest=self.state,
+            data_digest=identity,
+            task=name,
+            metric=metric,
+            value=value,
+            examples=examples,
+            details={"seconds": time.perf_counter() - start},
+        )
+        return value
+
+    def metrics(self) -> dict[str, float]:
+        """The continual-learning metrics so far, by the names in `neft.forgetting.FORMULAS`."""
+        found = self.matrix.metrics()
+        if self.probes and len(self.general) > 1:
+            found["general_delta"] = general_delta(self.general[0], self.general[-1])
+        return found
+
+    # After each task, and at the end
+
+    def record(self) -> None:
+        """Record the entry; a baseline has none. The task's MLflow run ends."""
+        work = self.work
+        assert work.result is not None
+        row = dict(zip(self.matrix.tasks, self.matrix.rows[-1], strict=True))
+        if work.overlay is not None and work.selection is not None and work.audit is not None:
+            entry = self.registry.record(
+                NewEntry(
+                    task=work.task.name,
+                    stream=self.config.stream,
+                    base_model=self.base,
+                    parent=self.chain[-1] if self.chain else None,
+                    input_digest=work.input_digest,
+                    seed=self.config.seed,
+                    data_fingerprint=work.task.train_fingerprint,
+                    method=self._method(),
+                    training=self._training(),
+                    neurons=work.selection.neurons,
+                    overlay=work.overlay,
+                    scores=work.scores,
+                    state_digest=work.state,
+                    metrics={
+                        "scores": row,
+                        "metric": work.task.metric,
+                        "majority": work.task.majority,
+                        "continual": self.metrics(),
+                        "general": self.general[-1],
+                        "training_loss": work.result.loss,
+                        "training_seconds": work.result.seconds,
+                        "training_steps": work.result.steps,
+                        "selection_notes": list(work.selection.notes),
+                    },
+                    audit=work.audit.to_dict(),
+                    versions=library_versions(),
+                    mlflow_run_id=work.run_id,
+                    prefect_flow_run_id=self.flow_run_id,
+                )
+            )
+            self.chain.append(entry)
+            self.tracker.tag(work.run_id, {"neft.entry": entry.reference, "neft.audit.identical": "true"})
+            say(f"{self._head()} recorded as {entry.reference}")
+        self.tracker.log(work.run_id, {f"eval/{work.task.metric}": row[work.task.name] or 0.0}, work.result.steps)
+        self.tracker.finish(work.run_id)
+
+    def finish(self) -> None:
+        """End the run: the matrix as a table and as a picture."""
+        rows = ["untouched", *(f"after {name}" for name in self.matrix.tasks)]
+        table: dict[str, list[Any]] = {"state": rows}
+        for place, name in enumerate(self.matrix.tasks):
+            table[name] = [row[place] for row in self.matrix.rows]
+        self.tracker.log_table(table, "r_matrix.json")
+        self.tracker.log_figure(heatmap(self.matrix, f"R matrix of {self.config.stream}"), "r_matrix.png")
+        self.tracker.tag(
+            self.tracker.run_id,
+            {
+                "neft.entries": ", ".join(entry.reference for entry in self.chain),
+                "neft.scores_from_earlier_runs": str(self.reused_scores),
+            },
+        )
+        self.run = self.registry.update_run(self.run.id, status="finished")
+        self.tracker.finish(self.tracker.run_id)
+
+
+_BENCH: ContextVar[Workbench] = ContextVar("neft_workbench")
+
+
+@contextmanager
+def on(bench: Workbench) -> Iterator[None]:
+    """Make `bench` the one that the flow's steps work on."""
+    token = _BENCH.set(bench)
+    try:
+        yield
+    finally:
+        _BENCH.reset(token)
+
+
+def current() -> Workbench:
+    """The workbench of the flow that is running."""
+    return _BENCH.get()

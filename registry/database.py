@@ -1,0 +1,218 @@
+"""The database behind a registry: SQLite or PostgreSQL, its schema, transactions, and failures in one sentence."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from neft.errors import FailedError, InputError
+from registry.schema import Base
+
+VERSION_TABLE = "neft_alembic_version"
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_SECONDS = 30
+_CONNECT_SECONDS = 10
+_ATTEMPTS = 20
+#: Any fixed number: processes that create the schema at the same moment wait for one another on it.
+_SCHEMA_LOCK = 0x6E656674
+
+_T = TypeVar("_T")
+
+
+def database_url(url: str) -> URL:
+    """The parsed URL of a registry's database, with psycopg 3 as PostgreSQL's driver.
+
+    Raises:
+        InputError: not a URL, or not of a SQLite file or a PostgreSQL database.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise InputError(f"registry url {url!r} is not a database URL; write postgresql://user@host/name") from error
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "postgresql+psycopg" or (parsed.drivername == "sqlite" and parsed.database):
+        return parsed
+    raise InputError(
+        f"registry url {parsed.render_as_string()!r} names no SQLite file and no PostgreSQL database; "
+        "write sqlite:///path/to/file.db or postgresql://user@host/name"
+    )
+
+
+class Database:
+    """Transactions on one database; opening it creates the schema where there is none."""
+
+    def __init__(self, url: URL):
+        """
+        Raises:
+            InputError: the driver is not installed, or the database belongs to another program.
+            FailedError: it cannot be reached, is corrupt, or has another schema than this code.
+        """
+        self.name = url.database if url.drivername == "sqlite" else url.render_as_string()
+        self._engine = _engine(url)
+        self._writer = self._engine.execution_options(writing=True)
+        self._prepare()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that sees one state of the database.
+
+        Raises:
+            FailedError: the database fails.
+        """
+        with self._reported(), Session(self._engine) as session:
+            yield session
+
+    def write(self, work: Callable[[Session], _T]) -> _T:
+        """Do `work` in one writing transaction; again from its start when another writer came first.
+
+        Raises:
+            FailedError: the database fails; nothing of `work` is kept.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                with self._reported(), Session(self._writer, expire_on_commit=False) as session, session.begin():
+                    return work(session)
+            except IntegrityError as error:
+                if attempt == _ATTEMPTS:
+                    raise FailedError(f"registry database {self.name} refuses the record: {error.orig}") from error
+        raise AssertionError("the last attempt returns or raises")
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turns every failure of the database, but a conflict between writers, into one sentence."""
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except SQLAlchemyError as error:
+            raise FailedError(f"registry database {self.name} {_complaint(error)}") from error
+
+    def _prepare(self) -> None:
+        with self._reported(), self._engine.connect() as connection:
+            ready = self._has_schema(connection)
+        if not ready:
+            with self._reported(), self._writer.begin() as connection:
+                self._create_schema(connection)
+
+    def _create_schema(self, connection: Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+        # Nothing is left to do where another process has created it meanwhile.
+        command.upgrade(_alembic_config(connection), "head")
+
+    def _has_schema(self, connection: Connection) -> bool:
+        """Whether the database has this code's schema; False for an empty database."""
+        found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+        script = ScriptDirectory.from_config(_alembic_config(connection))
+        head = script.get_current_head()
+        if found == head:
+            return True
+        if found is None:
+            self._refuse_foreign(connection)
+            return False
+        if found in {revision.revision for revision in script.walk_revisions()}:
+            raise FailedError(
+                f"registry database {self.name} has schema {found}, older than this neft's {head}; "
+                "open it with the neft that wrote it, or start another registry"
+            )
+        raise FailedError(
+            f"registry database {self.name} has schema {found}, which this neft, whose newest is {head}, does not "
+            "know: a newer neft wrote it; upgrade neft"
+        )
+
+    def _refuse_foreign(self, connection: Connection) -> None:
+        foreign = sorted(set(inspect(connection).get_table_names()) & set(Base.metadata.tables))
+        if foreign:
+            raise InputError(
+                f"registry database {self.name} already holds another program's tables ({', '.join(foreign)}); "
+                "give the registry a database of its own"
+            )
+
+
+def _engine(url: URL) -> Engine:
+    sqlite = url.drivername == "sqlite"
+    arguments: dict[str, Any] = {} if sqlite else {"connect_timeout": _CONNECT_SECONDS}
+    try:
+        engine = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"registry url {url.render_as_string()!r} needs the package {error.name!r}; "
+            "run pip install 'psycopg[binary]'"
+        ) from error
+    if sqlite:
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # Python's driver begins no transaction by itself; `_begin_sqlite` does
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    _keep_log(cursor)
+    cursor.close()
+
+
+def _keep_log(cursor: sqlite3.Cursor) -> None:
+    """Switch to a write-ahead log. Two that switch a new database at once: one is told `busy` without any waiting."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads and then writes cannot wait for another writer, so writers take the lock at the start.
+    writing = connection.get_execution_options().get("writing", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def _alembic_config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+#: What SQLite says -> what is wrong and what to do.
+_SQLITE_COMPLAINTS = (
+    ("locked", f"has been locked by another process for {_BUSY_SECONDS} s; try again when that one has finished"),
+    ("full", "cannot grow: the disk is full; free some space and try again"),
+    ("not a database", "is not a SQLite database, or is corrupt; restore it from a copy or move it away"),
+    ("malformed", "is corrupt; restore it from a copy or move it away"),
+    ("readonly", "cannot be written; choose a folder that can be written"),
+    ("unable to open", "cannot be opened; check that its folder exists and can be written"),
+)
+
+
+def _complaint(error: SQLAlchemyError) -> str:
+    reason = str(error.orig if isinstance(error, DBAPIError) else error).strip().splitlines()[0]
+    if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
+        for said, complaint in _SQLITE_COMPLAINTS:
+            if said in reason:
+                return complaint
+    return f"failed ({reason}); check that its disk or server is up, and try again"

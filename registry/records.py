@@ -1,0 +1,244 @@
+"""What the registry takes and gives: frozen values, detached from any database session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from neft.errors import InputError
+from registry.artifacts import Artifact
+from registry.schema import BaseModelRow, EntryRow, EvaluationRow, RunRow
+
+if TYPE_CHECKING:
+    from neft.models import Dtype
+    from neft.neurons import NeuronSet
+    from neft.overlay import Overlay
+    from neft.scoring import Scores
+
+Status = Literal["running", "finished", "failed"]
+
+
+def plain(name: str, value: Any) -> Any:
+    """A copy of `value` as JSON gives it back.
+
+    Raises:
+        InputError: it is not JSON, or holds a number that is not finite; `name` says which field.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} cannot be recorded: {error}; give finite numbers, text, lists and mappings"
+        ) from error
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model: the fingerprint of its weights and config, and where it was loaded from, in which dtype."""
+
+    fingerprint: str
+    name: str
+    dtype: Dtype
+    config: Mapping[str, Any]
+    parameters: int
+
+    @classmethod
+    def from_row(cls, row: BaseModelRow) -> BaseModel:
+        return cls(row.fingerprint, row.name, cast("Dtype", row.dtype), row.config, row.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEntry:
+    """All that is recorded of a task that has been learnt.
+
+    Attributes:
+        task: the task's name; without `@`, which sets the version apart in `task@3`.
+        base_model: fingerprint of the base model.
+        parent: the entry it was built on, or its id; None for the first of a chain.
+        input_digest: SHA-256 of all that decides the result (model, data, method, seed, parent).
+        method: kinds, scorer, budget, selection, protection.
+        state_digest: `neft.audit.state_digest` of the model with the overlay laid on.
+        versions: the library versions it was made with.
+    """
+
+    task: str
+    stream: str
+    base_model: str
+    parent: Entry | int | None
+    input_digest: str
+    seed: int
+    data_fingerprint: str
+    method: Mapping[str, Any]
+    training: Mapping[str, Any]
+    neurons: NeuronSet
+    overlay: Overlay
+    scores: Scores | None
+    state_digest: str
+    metrics: Mapping[str, Any]
+    audit: Mapping[str, Any]
+    versions: Mapping[str, str]
+    mlflow_run_id: str | None = None
+    prefect_flow_run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: a name that cannot be looked up, an overlay of another neuron set, or scores of another space.
+        """
+        if not self.task.strip() or "@" in self.task:
+            raise InputError(f"task name {self.task!r} must not be empty or hold '@', which sets the version apart")
+        if self.overlay.neurons != self.neurons:
+            raise InputError(f"the overlay of task {self.task!r} belongs to another neuron set than the one given")
+        if self.scores is not None:
+            self.neurons.check_space(self.scores.space)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One version of a task's neuron set and overlay, as recorded. It never changes.
+
+    `parent` is its parent's reference, `task@version`. `neurons_file`, `scores_file` and `overlay_file` name what is in
+    the artifact store; `Registry.neurons`, `.scores` and `.overlay` read them.
+    """
+
+    id: int
+    task: str
+    version: int
+    stream: str
+    base_model: BaseModel = field(repr=False)
+    parent_id: int | None
+    parent: str | None
+    input_digest: str
+    seed: int
+    data_fingerprint: str
+    method: Mapping[str, Any]
+    training: Mapping[str, Any]
+    neurons_file: Artifact
+    scores_file: Artifact | None
+    overlay_file: Artifact
+    neuron_count: int
+    parameter_count: int
+    space_fingerprint: str
+    state_digest: str
+    metrics: Mapping[str, Any]
+    audit: Mapping[str, Any]
+    mlflow_run_id: str | None
+    prefect_flow_run_id: str | None
+    versions: Mapping[str, str]
+    created_at: datetime
+
+    @property
+    def reference(self) -> str:
+        """How the entry is written: `task@version`."""
+        return f"{self.task}@{self.version}"
+
+    @classmethod
+    def from_row(cls, row: EntryRow) -> Entry:
+        scores = None
+        if row.scores_sha256 is not None and row.scores_bytes is not None:
+            scores = Artifact("scores", row.scores_sha256, row.scores_bytes)
+        return cls(
+            id=row.id,
+            task=row.task.name,
+            version=row.version,
+            stream=row.stream,
+            base_model=BaseModel.from_row(row.task.base_model),
+            parent_id=row.parent_id,
+            parent=f"{row.parent.task.name}@{row.parent.version}" if row.parent else None,
+            input_digest=row.input_digest,
+            seed=row.seed,
+            data_fingerprint=row.data_fingerprint,
+            method=row.method,
+            training=row.training,
+            neurons_file=Artifact("neurons", row.neurons_sha256, row.neurons_bytes),
+            scores_file=scores,
+            overlay_file=Artifact("overlay", row.overlay_sha256, row.overlay_bytes),
+            neuron_count=row.neuron_count,
+            parameter_count=row.parameter_count,
+            space_fingerprint=row.space_fingerprint,
+            state_digest=row.state_digest,
+            metrics=row.metrics,
+            audit=row.audit,
+            mlflow_run_id=row.mlflow_run_id,
+            prefect_flow_run_id=row.prefect_flow_run_id,
+            versions=row.versions,
+            created_at=row.created_at,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as JSON has it."""
+        return asdict(self) | {"reference": self.reference, "created_at": self.created_at.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A metric's value for one state of all weights on one evaluation's data."""
+
+    state_digest: str
+    data_digest: str
+    task: str
+    metric: str
+    value: float
+    examples: int
+    details: Mapping[str, Any]
+    created_at: datetime
+
+    @classmethod
+    def from_row(cls, row: EvaluationRow) -> Evaluation:
+        return cls(
+            state_digest=row.state_digest,
+            data_digest=row.data_digest,
+            task=row.task,
+            metric=row.metric,
+            value=row.value,
+            examples=row.examples,
+            details=row.details,
+            created_at=row.created_at,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a stream. `tracking` says where MLflow keeps it; `finished_at` is None while it is running."""
+
+    id: int
+    stream: str
+    config_digest: str
+    config: Mapping[str, Any]
+    status: Status
+    tasks: Sequence[str]
+    matrix: Mapping[str, Any] | None
+    metrics: Mapping[str, Any] | None
+    mlflow_run_id: str | None
+    tracking: Mapping[str, Any] | None
+    prefect_flow_run_id: str | None
+    error: str | None
+    started_at: datetime
+    finished_at: datetime | None
+
+    @classmethod
+    def from_row(cls, row: RunRow) -> Run:
+        return cls(
+            id=row.id,
+            stream=row.stream,
+            config_digest=row.config_digest,
+            config=row.config,
+            status=cast("Status", row.status),
+            tasks=row.tasks,
+            matrix=row.matrix,
+            metrics=row.metrics,
+            mlflow_run_id=row.mlflow_run_id,
+            tracking=row.tracking,
+            prefect_flow_run_id=row.prefect_flow_run_id,
+            error=row.error,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as JSON has it."""
+        finished = self.finished_at.isoformat() if self.finished_at else None
+        return asdict(self) | {"started_at": self.started_at.isoformat(), "finished_at": finished}

@@ -1,0 +1,153 @@
+"""A tiny base model in a folder, and a pupil that learns tasks on it by drawing rows at random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from neft.audit import base_fingerprint, state_digest
+from neft.models import load_base
+from neft.neurons import NeuronSet, NeuronSpace
+from neft.overlay import Overlay
+from registry import Entry, NewEntry, Registry
+
+Weights = dict[str, torch.Tensor]
+
+
+def save_base(folder: Path, seed: int) -> Path:
+    """A tiny random Llama and its tokenizer, as `save_pretrained` writes them."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    words = {f"w{index}": index for index in range(62)} | {"<unk>": 62, "</s>": 63}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>", eos_token="</s>"
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights_of(model: torch.nn.Module) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: torch.nn.Module, weights: Weights) -> bool:
+    """Whether every weight of the model is the one that was kept."""
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+@dataclass
+class Pupil:
+    """Learns tasks on one base model, one after another: 5 neurons a site, their rows drawn at random."""
+
+    registry: Registry
+    folder: Path
+    step: int = 0
+    parent: Entry | None = None
+
+    def __post_init__(self) -> None:
+        self.model, _ = load_base(str(self.folder))
+        self.space = NeuronSpace.from_model(self.model)
+        self.base = base_fingerprint(self.model)
+        self.registry.add_base_model(
+            self.base,
+            str(self.folder),
+            "float32",
+            json.loads(self.model.config.to_json_string()),
+            self.model.num_parameters(),
+        )
+
+    def learn(self, task: str, **fields: Any) -> NewEntry:
+        """Change the model as a task would, and say what there is to record of it."""
+        self.step += 1
+        torch.manual_seed(self.step)
+        neurons = NeuronSet(self.space, {site.name: torch.randperm(site.size)[:5] for site in self.space.sites})
+        before = Overlay.read(self.model, neurons)
+        overlay = replace(before, values={name: torch.randn_like(rows) for name, rows in before.values.items()})
+        overlay.lay_on(self.model)
+        given = {
+            "task": task,
+            "stream": "demo",
+            "base_model": self.base,
+            "parent": self.parent,
+            "input_digest": f"{self.folder.name}-{self.step}",
+            "seed": 2**40 + self.step,
+            "data_fingerprint": f"data-{task}",
+            "method": {"kinds": ["ffn"], "scorer": "taylor", "budget": 0.1},
+            "training": {"epochs": 1},
+            "neurons": neurons,
+            "overlay": overlay,
+            "scores": None,
+            "state_digest": state_digest(self.model),
+            "metrics": {"accuracy": 0.75},
+            "audit": {"identical": True},
+            "versions": {"torch": torch.__version__},
+        }
+        return NewEntry(**(given | fields))
+
+    def record(self, task: str, **fields: Any) -> Entry:
+        """Learn a task on top of the last one, and record it."""
+        self.parent = self.registry.record(self.learn(task, **fields))
+        return self.parent
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("models") / "base", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same shape."""
+    return save_base(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def registry(folder: Path) -> Iterator[Registry]:
+    opened = Registry.open(folder)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pupil(registry: Registry, base: Path) -> Pupil:
+    return Pupil(registry, base)
+
+
+@pytest.fixture
+def new_pupil() -> Callable[..., Pupil]:
+    """Makes further pupils, of other base models."""
+    return Pupil
+
+
+@pytest.fixture
+def keep() -> Callable[[torch.nn.Module], Weights]:
+    """Keeps a copy of a model's weights, apart from overlays and registries."""
+    return weights_of
+
+
+@pytest.fixture
+def is_same() -> Callable[[torch.nn.Module, Weights], bool]:
+    return same
