@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 
 from neft.architectures import Anatomy
 from neft.baselines import BASELINES
@@ -47,13 +47,21 @@ class MethodSpec(Spec):
         None, description="train by this baseline instead of by neurons: `full`, `lora`; nothing is recorded to reuse"
     )
 
-    @model_validator(mode="after")
-    def _known_strategies(self) -> Self:
-        build("scorer", SCORERS, self.scorer)
-        build("protection policy", POLICIES, self.protection)
-        if self.baseline is not None:
-            build("baseline", BASELINES, self.baseline)
-        return self
+    @field_validator("scorer", "protection", "baseline")
+    @classmethod
+    def _known_strategy(cls, choice: Choice | None, info: ValidationInfo) -> Choice | None:
+        role, known = _STRATEGIES[str(info.field_name)]
+        if choice is not None:
+            build(role, known, choice)
+        return choice
+
+
+#: Key of `method` -> what it chooses, and from what.
+_STRATEGIES: dict[str, tuple[str, Mapping[str, type[Any]]]] = {
+    "scorer": ("scorer", SCORERS),
+    "protection": ("protection policy", POLICIES),
+    "baseline": ("baseline", BASELINES),
+}
 
 
 class TrackingSpec(Spec):
@@ -121,7 +129,7 @@ def validate_config(raw: Mapping[str, Any], where: str) -> StreamConfig:
     try:
         return StreamConfig.model_validate(raw)
     except ValidationError as error:
-        complaints = list(dict.fromkeys(_complaints(error)))
+        complaints = list(dict.fromkeys(_complaints(error, raw)))
         raise InputError("\n".join(f"{where}: {complaint}" for complaint in complaints)) from error
 
 
@@ -146,19 +154,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _item(place: Any, name: str, override: str) -> Any:
-    if not isinstance(place, list) or not name.isdigit() or int(name) >= len(place):
+    if not isinstance(place, list) or not name.isdecimal() or int(name) >= len(place):
         size = f"a list of {len(place)} items" if isinstance(place, list) else "no mapping"
         raise InputError(f"--set {override!r}: {name!r} is looked for in {size}; name a key, or an item by its number")
     return place[int(name)]
 
 
-def _complaints(error: ValidationError) -> Iterator[str]:
+def _complaints(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
     problems = error.errors(include_url=False)
-    for problem in problems:
-        inside = [other for other in problems if other["loc"][: len(problem["loc"])] == problem["loc"]]
-        if problem["type"] == "too_short" and len(inside) > 1:
-            continue  # a list whose items are all refused counts as empty
-        location = [part for part in problem["loc"] if not _is_union_tag(part)]
+    places = [_place(raw, problem["loc"], problem["type"]) for problem in problems]
+    for problem, location in zip(problems, places, strict=True):
+        inside = [other for other in places if len(other) > len(location) and other[: len(location)] == location]
+        if inside and problem["type"] in _SHAPES | {"too_short": ""}:
+            # What is inside says more: a list whose items are all refused counts as empty, a mapping is no number.
+            continue
         key = ".".join(str(part) for part in location)
         value = problem["input"]
         if problem["type"] == "extra_forbidden":
@@ -168,17 +177,35 @@ def _complaints(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"key {key!r} is missing; give it a value"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _SHAPES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(value, dict | list | BaseModel) else f" (value {value!r})"
             yield f"{key}: {message}{shown}"
 
 
-def _is_union_tag(part: int | str) -> bool:
-    """Pydantic names the branch of a union that it tried; a config's reader has no use for it."""
-    return isinstance(part, str) and (not part.replace("_", "").isalnum() or part in _TAGS)
+#: Pydantic's type of an error about a value's shape -> what a config's reader would say.
+_SHAPES = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "float_type": "must be a number",
+    "path_type": "must be a path",
+}
 
 
-_TAGS = {"str", "int", "float", "bool", "Message", "PerPart", "function-after", "function-before"}
+def _place(raw: Any, location: Sequence[int | str], kind: str) -> list[int | str]:
+    """The keys and numbers that lead to a problem, without the branches of unions that pydantic names between them."""
+    place: Any = raw
+    found: list[int | str] = []
+    for number, part in enumerate(location):
+        inside = part in place if isinstance(place, Mapping) else isinstance(place, list) and isinstance(part, int)
+        if inside:
+            place = place[part]
+        if inside or (kind == "missing" and number + 1 == len(location)):
+            found.append(part)
+    return found
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

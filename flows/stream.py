@@ -14,7 +14,6 @@ from flows.home import Home
 from flows.progress import say
 from flows.tracking import Tracker
 from flows.workbench import Workbench, current, on
-from neft.errors import FailedError
 from registry import Registry
 
 # What was done is decided by the registry alone, so Prefect neither caches nor keeps results.
@@ -112,17 +111,6 @@ def _learn(bench: Workbench, config: StreamConfig) -> int:
             learn_task(position, spec.name)
         bench.finish()
     except BaseException as error:
-        _close_failed(bench, error)
+        bench.fail(error)
         raise
     return bench.run.id
-
-
-def _close_failed(bench: Workbench, error: BaseException) -> None:
-    """Leave the run in a truthful state, also when it was interrupted; it goes on from there when started again."""
-    reason = str(error).strip() or type(error).__name__
-    bench.registry.update_run(bench.run.id, status="failed", error=reason[:2000])
-    try:
-        bench.tracker.finish(bench.tracker.run_id, finished=False)
-    except FailedError as second:
-        # The first failure is the one to report; this one only leaves MLflow's own record of the run open.
-        say(str(second))

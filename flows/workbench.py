@@ -435,6 +435,7 @@ class Workbench:
             say(f"{self._head()} recorded as {entry.reference}")
         self.tracker.log(work.run_id, {f"eval/{work.task.metric}": row[work.task.name] or 0.0}, work.result.steps)
         self.tracker.finish(work.run_id)
+        self._work = None
 
     def finish(self) -> None:
         """End the run: the matrix as a table and as a picture."""
@@ -453,6 +454,18 @@ class Workbench:
         )
         self.run = self.registry.update_run(self.run.id, status="finished")
         self.tracker.finish(self.tracker.run_id)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave every record of the run in a truthful state; it goes on from there when it is started again."""
+        reason = str(error).strip() or type(error).__name__
+        self.registry.update_run(self.run.id, status="failed", error=reason[:2000])
+        open_runs = [self.tracker.run_id] if self._work is None else [self._work.run_id, self.tracker.run_id]
+        try:
+            for run_id in filter(None, open_runs):
+                self.tracker.finish(run_id, finished=False)
+        except FailedError as second:
+            # The first failure is the one to report; this one only leaves MLflow's own record open.
+            say(str(second))
 
 
 _BENCH: ContextVar[Workbench] = ContextVar("neft_workbench")

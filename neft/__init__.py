@@ -1,4 +1,4 @@
-"""neft: neuron-level fine-tuning. Score a model's neurons, choose a few, train them alone, lay them on and take them off.
+"""neft: neuron-level fine-tuning. Score a model's neurons, choose a few, train them alone, lay them on, take them off.
 
 Importing the package registers the PEFT method `NEFT`. The names below are loaded when they are first used, so that
 importing neft costs nothing to a program that does not train.

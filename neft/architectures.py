@@ -5,9 +5,9 @@ A family not listed here is described in the config under `model.neurons`, in th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from neft.errors import InputError
 
@@ -39,6 +39,17 @@ class Attention(BaseModel):
         description="rows of the fused module: `stacked` (all queries, all keys, all values) or `per_head`",
     )
     head_dim: int | None = Field(None, gt=0, description="channels a head; taken from the model's config when absent")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The modules that compute query, key and value: the fused one, or all three."""
+        return tuple(name for name in (self.fused, self.query, self.key, self.value) if name)
+
+    @model_validator(mode="after")
+    def _fused_or_separate(self) -> Self:
+        if len(self.inputs) != (1 if self.fused else 3):
+            raise ValueError("an attention block needs either `fused`, or all of `query`, `key` and `value`")
+        return self
 
 
 class Anatomy(BaseModel):

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from neft.files import tensor_bytes, tensors_digest
 from neft.neurons import ModuleRows, NeuronSet
 from neft.overlay import storage_dim
 
-#: Keys of a transformers config that say nothing about what the model computes.
-_NOT_IDENTITY = frozenset({"_name_or_path", "transformers_version", "use_cache", "_attn_implementation_autoset"})
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw bytes of a tensor, on the CPU, in C order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+#: Keys of a transformers config that say nothing about what the model computes, or nothing that its weights do not say:
+#: saving a model and loading it again fills them in.
+_NOT_IDENTITY = frozenset(
+    {"_name_or_path", "transformers_version", "use_cache", "_attn_implementation_autoset", "architectures", "dtype"}
+)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -34,11 +33,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def state_digest(model: nn.Module) -> str:
     """SHA-256 of every weight of the model: two states are bit-identical when their digests are."""
-    digest = hashlib.sha256()
-    for name, tensor in _weights(model):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    return tensors_digest(_weights(model))
 
 
 def base_fingerprint(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ def encode(
     start = 0
     while start < min(len(prompt), len(whole)) and prompt[start] == whole[start]:
         start += 1
-    if tokenizer.eos_token_id is not None:
+    # A completion template may end with the end token itself.
+    if tokenizer.eos_token_id is not None and whole[start:][-1:] != [tokenizer.eos_token_id]:
         whole = [*whole, tokenizer.eos_token_id]
     return _shortened(whole, start, max_length, tokenizer)
 
@@ -61,7 +63,8 @@ def _prompt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[
     if tokenizer.chat_template is None:
         raise InputError("the prompt is a list of messages, but the model has no chat template; write it as plain text")
     messages = [dict(message) for message in example.prompt]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), False
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return cast(str, text), False
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +151,8 @@ def _continued(
     for place, rest in enumerate(rests):
         ids[place, : len(rest)] = torch.tensor(rest)
         mask[place, : len(rest)] = 1
-    positions = torch.tensor(shared)[:, None] + torch.arange(longest)
+    # Padding repeats the last position: one beyond the model's last would break models that embed positions.
+    positions = torch.tensor(shared)[:, None] + mask.cumsum(-1) - 1
     # The model appends to the cache it is given, and the next candidate needs the prompts' own.
     logits = model(
         input_ids=ids.to(device),
@@ -187,10 +189,13 @@ def generate(
     """Greedy answers to the examples' prompts, as text without special tokens."""
     device, pad = _device(model), int(tokenizer.pad_token_id)
     prompts = [encode_prompt(tokenizer, example, max_length) for example in examples]
+    if not all(prompts):
+        raise InputError("a prompt has no tokens, so there is nothing to answer; give the prompt template some text")
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    written = model.generate(
+    transformer: Any = model
+    written: torch.Tensor = transformer.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,

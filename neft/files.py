@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,36 @@ def _cannot_write(path: Path, error: Exception) -> FailedError:
     return FailedError(f"cannot write {path}: {error}; free some space or choose a folder that can be written")
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor, on the CPU, in C order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 of tensors: their names, types, shapes and bits, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _content_digest(tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> str:
+    text = f"{json.dumps(description, sort_keys=True)}\0{tensors_digest(sorted(tensors.items()))}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def save_tensors(
     path: PathLike, kind: str, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Write `tensors` and a JSON `description` as one safetensors file of the given `kind`."""
+    """Write `tensors` and a JSON `description` as one safetensors file of the given `kind`, with their digest."""
+    metadata = {"format": kind, "description": description, "sha256": _content_digest(tensors, description)}
     with written_whole(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
             # One key: safetensors writes several in any order, and the same content must give the same bytes.
-            metadata={"neft": json.dumps({"format": kind, "description": description}, sort_keys=True)},
+            metadata={"neft": json.dumps(metadata, sort_keys=True)},
         )
 
 
@@ -78,7 +99,7 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
 
     Raises:
         InputError: there is no such file, or it is of another kind.
-        FailedError: the file is truncated or corrupt.
+        FailedError: the file is truncated or corrupt: a single changed bit is noticed.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,6 +113,11 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
         raise FailedError(f"{path} is corrupt ({error}); restore it from a copy or learn the task again") from error
     if metadata.get("format") != kind:
         raise InputError(f"{path} is a {metadata.get('format', 'foreign safetensors file')!r}, not a {kind!r}")
+    if metadata.get("sha256") != _content_digest(tensors, description):
+        raise FailedError(
+            f"{path} is corrupt (its content does not have the digest that it was written with); "
+            "restore it from a copy or learn the task again"
+        )
     return tensors, description
 
 

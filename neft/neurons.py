@@ -111,15 +111,14 @@ class NeuronSpace:
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         kinds = _checked_kinds(kinds)
-        anatomy = anatomy or anatomy_of(getattr(base.config, "model_type", type(base).__name__))
+        config = getattr(base, "config", None)
+        anatomy = anatomy or anatomy_of(getattr(config, "model_type", type(base).__name__))
         modules = {
             name: getattr(module, "base_layer", module)
             for name, module in base.named_modules()
             if ".base_layer" not in name
         }
-        sites = [
-            site for kind in kinds for site in _sites_of_kind(kind, modules, anatomy, getattr(base, "config", None))
-        ]
+        sites = [site for kind in kinds for site in _sites_of_kind(kind, modules, anatomy, config)]
         order = {name: place for place, name in enumerate(modules)}
         sites.sort(key=lambda site: (order[site.parts[0].module], KINDS.index(site.kind)))
         return cls(tuple(sites), _unique_parameters(base))
@@ -171,22 +170,29 @@ class NeuronSpace:
         return NeuronSet(self, {site.name: np.arange(site.size) for site in self.sites})
 
 
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class NeuronSet:
     """A frozen set of neurons of one neuron space: sorted, unique int64 indices per site; empty sites are left out.
 
     `a | b`, `a & b`, `a - b` and `a == b` work within one space; mixing spaces raises `InputError`.
     """
 
-    __slots__ = ("_indices", "space")
+    space: NeuronSpace
+    _indices: dict[str, Indices]
 
     def __init__(self, space: NeuronSpace, indices: Mapping[str, Iterable[int] | Indices | torch.Tensor]):
         """
         Raises:
             InputError: an unknown site, or an index outside its site.
         """
-        self.space = space
         checked = {name: _checked_indices(space.site(name), values) for name, values in indices.items()}
-        self._indices = {site.name: checked[site.name] for site in space.sites if len(checked.get(site.name, ()))}
+        kept = {site.name: checked[site.name] for site in space.sites if len(checked.get(site.name, ()))}
+        object.__setattr__(self, "space", space)
+        object.__setattr__(self, "_indices", kept)
+
+    def __reduce__(self) -> tuple[type[NeuronSet], tuple[NeuronSpace, dict[str, Indices]]]:
+        """Copies and pickles are made anew, since arrays forget there that they are read-only."""
+        return NeuronSet, (self.space, self._indices)
 
     @property
     def indices(self) -> Mapping[str, Indices]:
@@ -343,11 +349,12 @@ def _checked_kinds(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
 def _unique_parameters(model: nn.Module) -> int:
     """Parameters of the base model, tied ones counted once, those of adapters left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
     adapters = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         for name in module.adapter_layer_names
         for parameter in getattr(module, name).parameters()
     }
@@ -362,8 +369,7 @@ def _sites_of_kind(kind: Kind, modules: Mapping[str, nn.Module], anatomy: Anatom
                 sites.append(_ffn_site(kind, prefix, modules, block))
     else:
         for attention in anatomy.attention:
-            names = (attention.fused,) if attention.fused else (attention.query, attention.key, attention.value)
-            for prefix in _prefixes(modules, *names, attention.output):
+            for prefix in _prefixes(modules, *attention.inputs, attention.output):
                 sites.append(_attention_site(kind, prefix, modules, attention, config))
     if not sites:
         raise InputError(
@@ -376,8 +382,6 @@ def _sites_of_kind(kind: Kind, modules: Mapping[str, nn.Module], anatomy: Anatom
 def _prefixes(modules: Mapping[str, nn.Module], *endings: str | None) -> list[str]:
     """Every prefix under which all the endings name a module: the layers."""
     wanted = [ending for ending in endings if ending]
-    if not wanted:
-        raise InputError("an attention block needs `fused`, or `query`, `key` and `value`")
     found = []
     for name in modules:
         if name == wanted[0] or name.endswith("." + wanted[0]):
@@ -406,6 +410,8 @@ def _ffn_site(kind: Kind, prefix: str, modules: Mapping[str, nn.Module], block: 
     out, inner = matrix_shape(down, modules[down])
     if inner != size:
         raise InputError(f"{up!r} computes {size} neurons but {down!r} reads {inner}: they are not one block")
+    if block.gate and matrix_shape(prefix + block.gate, modules[prefix + block.gate]) != (size, width):
+        raise InputError(f"{prefix + block.gate!r} has another shape than {up!r}, so it is not its gate")
     row, column = Part(up, "row", width), Part(down, "column", out)
     if kind == "ffn_in":
         parts: tuple[Part, ...] = (row,)
@@ -430,6 +436,11 @@ def _attention_site(
         names = {role: f"{prefix}{getattr(attention, role)}" for role in ("query", "key", "value")}
         shapes = {role: matrix_shape(name, modules[name]) for role, name in names.items()}
         size = shapes["value"][0]
+        if shapes["query"][0] != channels or shapes["key"][0] != size or channels % size or size % head:
+            raise InputError(
+                f"{output!r} reads {channels} channels in heads of {head}, which queries, keys and values of "
+                f"{shapes['query'][0]}, {shapes['key'][0]} and {size} rows do not make up"
+            )
         groups = channels // size
         key, value = (Part(names[role], "row", shapes[role][1]) for role in ("key", "value"))
         query = _grouped(Part(names["query"], "row", shapes["query"][1]), head, groups)

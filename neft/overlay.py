@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,9 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from neft.errors import FailedError, InputError
 from neft.files import PathLike, load_tensors, save_tensors
-from neft.neurons import ModuleRows, NeuronSet, NeuronSpace, Side
+from neft.neurons import ModuleRows, NeuronSet, NeuronSpace, Side, matrix_shape
 
 _FILE_KIND = "neft-overlay"
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A linear module's weight, as it is stored."""
+    return cast(torch.Tensor, module.weight)
 
 
 def storage_dim(module: nn.Module, side: Side) -> int:
@@ -22,20 +28,19 @@ def storage_dim(module: nn.Module, side: Side) -> int:
     return int(isinstance(module, Conv1D)) ^ int(side == "column")
 
 
-def read_rows(module: nn.Module, rows: ModuleRows) -> torch.Tensor:
-    """A copy of the chosen rows or columns of a module's weight: (k, d), each one neuron's vector."""
-    index = torch.from_numpy(rows.positions.copy()).to(module.weight.device)
-    dim = storage_dim(module, rows.side)
-    picked = module.weight.detach().index_select(dim, index)
+def read_rows(module: nn.Module, side: Side, index: torch.Tensor) -> torch.Tensor:
+    """A copy of the rows or columns `index` (k,) of a module's weight: (k, d), each one neuron's vector."""
+    dim = storage_dim(module, side)
+    picked = weight_of(module).detach().index_select(dim, index)
     return picked if dim == 0 else picked.T.contiguous()
 
 
 @torch.no_grad()
 def write_rows(module: nn.Module, side: Side, index: torch.Tensor, values: torch.Tensor) -> None:
     """Write `values` (k, d) over the rows or columns `index` (k,) of a module's weight, in the weight's dtype."""
-    dim = storage_dim(module, side)
-    values = values.to(device=module.weight.device, dtype=module.weight.dtype)
-    module.weight.index_copy_(dim, index, values if dim == 0 else values.T)
+    dim, weight = storage_dim(module, side), weight_of(module)
+    values = values.to(device=weight.device, dtype=weight.dtype)
+    weight.index_copy_(dim, index, values if dim == 0 else values.T)
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,34 @@ class Overlay:
 
     @classmethod
     def read(cls, model: nn.Module, neurons: NeuronSet) -> Overlay:
-        """A copy of what `model` holds now in the rows of `neurons`."""
+        """A copy of what `model` holds now in the rows of `neurons`.
+
+        Raises:
+            InputError: the neurons belong to another model, or `model` has an adapter in it.
+        """
         return cls(
-            neurons, {module: read_rows(_module(model, module), rows) for module, rows in neurons.rows().items()}
+            neurons,
+            {
+                name: read_rows(module, rows.side, _index(rows, module))
+                for name, module, rows in _chosen(model, neurons)
+            },
         )
 
     def lay_on(self, model: nn.Module) -> Overlay:
-        """Write the rows into the base model `model`, in place; returns what was there, to take them off again."""
+        """Write the rows into the base model `model`, in place; returns what was there, to take them off again.
+
+        Raises:
+            InputError: the overlay belongs to another model, or `model` has an adapter in it; nothing is written.
+        """
         before = Overlay.read(model, self.neurons)
-        for name, rows in self.neurons.rows().items():
-            module = _module(model, name)
-            index = torch.from_numpy(rows.positions.copy()).to(module.weight.device)
-            if self.values[name].shape != before.values[name].shape:
+        for name, there in before.values.items():
+            if self.values[name].shape != there.shape:
                 raise InputError(
                     f"overlay rows for module {name!r} are {tuple(self.values[name].shape)}, "
-                    f"the model's {tuple(before.values[name].shape)}: it was trained on another model"
+                    f"the model's {tuple(there.shape)}: it was trained on another model"
                 )
-            write_rows(module, rows.side, index, self.values[name])
+        for name, module, rows in _chosen(model, self.neurons):
+            write_rows(module, rows.side, _index(rows, module), self.values[name])
         return before
 
     @property
@@ -116,8 +132,23 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise InputError(f"the model has no module {name!r}: the neurons belong to another model") from error
+def _index(rows: ModuleRows, module: nn.Module) -> torch.Tensor:
+    return torch.from_numpy(rows.positions.copy()).to(weight_of(module).device)
+
+
+def _chosen(model: nn.Module, neurons: NeuronSet) -> Iterator[tuple[str, nn.Module, ModuleRows]]:
+    """Name, module and rows of a set in a model, checked to be there."""
+    for name, rows in neurons.rows().items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise InputError(f"the model has no module {name!r}: the neurons belong to another model") from error
+        if hasattr(module, "base_layer"):
+            raise InputError(f"module {name!r} has an adapter in it; call unload() or merge_and_unload() first")
+        length = matrix_shape(name, module)[0 if rows.side == "row" else 1]
+        if rows.positions[-1] >= length:
+            raise InputError(
+                f"module {name!r} has {length} {rows.side}s, but the neurons own {rows.side} {rows.positions[-1]}: "
+                "they belong to another model"
+            )
+        yield name, module, rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from neft.errors import FailedError
+from neft.errors import FailedError, InputError
 from neft.neurons import NeuronSet, NeuronSpace, Site
 from neft.scoring.scores import Scores
 
@@ -33,7 +34,10 @@ class Budget(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bare_number(cls, value: Any) -> Any:
-        return {"neurons": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+        amounts = list(value.values()) if isinstance(value, Mapping) else [value]
+        if any(isinstance(amount, bool) for amount in amounts):
+            raise ValueError(f"{value!r} is no budget; give a fraction such as 0.1, or a count")
+        return {"neurons": value} if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
     def _one_in_range(self) -> Self:
@@ -104,11 +108,12 @@ def select(
 
     Raises:
         FailedError: too few neurons are free, or none is chosen; says how many are free and what can be done.
-        InputError: `free` belongs to another neuron space.
+        InputError: the budget is larger than the space, or `free` belongs to another neuron space.
     """
     spec, space = spec or SelectionSpec(), scores.space
     free = space.all() if free is None else free
     free.check_space(space)
+    _check_size(budget, space)
     if spec.scope == "global":
         groups = [(list(space.sites), budget.total(space))]
     else:
@@ -169,6 +174,16 @@ def _best(
     return {site.name: np.sort(index[taken[owner[taken] == place]]) for place, site in enumerate(sites)}, notes
 
 
+def _check_size(budget: Budget, space: NeuronSpace) -> None:
+    asked, whole = budget.total(space), len(space) if budget.neurons is not None else space.parameters
+    if asked > whole:
+        unit = "neurons" if budget.neurons is not None else "parameters in neurons"
+        raise InputError(
+            f"method.budget {budget.amount} asks for {asked} {unit}, but the model has {whole} of the chosen kinds; "
+            "lower it, or add kinds under method.kinds"
+        )
+
+
 def _too_few(where: str, free: int, limit: int, whole: int, budget: Budget) -> str:
     unit = "neurons" if budget.neurons is not None else "parameters' worth of neurons"
     return (
@@ -179,11 +194,11 @@ def _too_few(where: str, free: int, limit: int, whole: int, budget: Budget) -> s
 
 
 def _nothing_chosen(scores: Scores, spec: SelectionSpec, free: NeuronSet) -> str:
-    if spec.threshold is None:
-        return "method.budget is too small to pay for a single neuron; raise it"
     best = max(
         float(scores.values[name][torch.from_numpy(indices.copy())].max()) for name, indices in free.indices.items()
     )
+    if spec.threshold is None or best >= spec.threshold:
+        return "method.budget is too small to pay for a single neuron; raise it"
     return (
         f"no neuron reaches method.selection.threshold {spec.threshold:g}: the best free one scores {best:.3g}; "
         "lower the threshold, or use rule: top_k"

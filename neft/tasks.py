@@ -8,11 +8,13 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from neft.errors import FailedError, InputError, nearest
+from neft.rows import READERS, Row, columns_of, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,8 +22,13 @@ if TYPE_CHECKING:
 Metric = Literal["accuracy", "exact_match", "rouge_l"]
 Part = Literal["train", "eval"]
 
-#: What a data file's ending says about its format, in the words of `datasets.load_dataset`.
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+class Rows(Protocol):
+    """Rows by number: a list of them, or a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Row: ...
 
 
 class Spec(BaseModel):
@@ -92,15 +99,32 @@ class TaskSpec(Spec):
         description="template with `{column}` fields; a list of messages goes through the model's chat template"
     )
     completion: str = Field(description="template of what the model is to write, with `{column}` fields")
-    labels: tuple[str, ...] | dict[str | int | bool, str] | None = Field(
+    labels: tuple[str, ...] | dict[str, str] | None = Field(
         None,
         description="for classification: the label texts (a list, indexed by integer columns), or column value: text",
     )
     metric: Metric | None = Field(None, description="`accuracy` with labels; else `exact_match` (default) or `rouge_l`")
     max_new_tokens: int = Field(64, gt=0, description="longest generated answer, for `exact_match` and `rouge_l`")
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _plain_labels(cls, labels: Any) -> Any:
+        """Column values as text, so that a mapping reads JSON, CSV and YAML alike (YAML makes `yes` a boolean)."""
+        if not isinstance(labels, Mapping | list | tuple):
+            return labels
+        values = [str(value) for value in labels]
+        for text in labels.values() if isinstance(labels, Mapping) else labels:
+            if not isinstance(text, str):
+                raise ValueError(f"label {text!r} is not text; put it in quotes")
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{value!r} stands twice; name each label once")
+        return dict(zip(values, labels.values(), strict=True)) if isinstance(labels, Mapping) else labels
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for _, template in _templates(self):
+            template_fields(template)
         if not template_fields(self.completion):
             raise ValueError("`completion` names no column, so there is nothing to learn")
         if self.labels is not None and len(template_fields(self.completion)) != 1:
@@ -146,7 +170,7 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train_fingerprint", _fingerprint(self.train, ""))
-        about = f"{self.metric}\0{self.completions}\0{self.max_new_tokens}"
+        about = f"{self.metric}\0{self.completions or self.max_new_tokens}"
         object.__setattr__(self, "eval_fingerprint", _fingerprint(self.eval, about))
 
     @property
@@ -179,51 +203,55 @@ def load_task(spec: TaskSpec, seed: int = 0) -> Task:
 
 
 def _examples(spec: TaskSpec, part: Part, seed: int) -> tuple[Example, ...]:
-    source, rows = _rows(spec, part)
+    source, columns, rows = _rows(spec, part)
     where = f"task {spec.name!r}, {part} data {source}"
     if len(rows) == 0:
         raise InputError(f"{where}: there are no rows; give a file or split with at least one")
-    _check_columns(spec, rows.column_names, where)
-    limit = spec.data.limit_of(part)
-    if limit is not None and limit < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(limit))
-    return tuple(_render(spec, row, f"{where}, row {number}") for number, row in enumerate(rows))
+    _check_columns(spec, columns, where)
+    return tuple(
+        _render(spec, rows[number], f"{where}, row {number + 1}")
+        for number in _sample(len(rows), spec.data.limit_of(part), seed)
+    )
 
 
-def _rows(spec: TaskSpec, part: Part) -> tuple[str, Dataset]:
+def _sample(count: int, limit: int | None, seed: int) -> list[int]:
+    """Which rows to take, counted from 0: all in order, or `limit` of them drawn by the seed."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    order: list[int] = np.random.default_rng(seed).permutation(count)[:limit].tolist()
+    return order
+
+
+def _rows(spec: TaskSpec, part: Part) -> tuple[str, Sequence[str], Rows]:
+    """What to call the source, its columns, and its rows."""
     if spec.data.files is not None:
         given = getattr(spec.data.files, part)
         paths = (given,) if isinstance(given, Path) else given
-        return ", ".join(str(path) for path in paths), _read_files(spec.name, part, paths)
-    return f"{spec.data.hub}[{getattr(spec.data.split or Split(), part)}]", _read_hub(spec, part)
+        rows = _read_files(f"task {spec.name!r}: data.files.{part}", paths)
+        return ", ".join(str(path) for path in paths), columns_of(rows), rows
+    dataset = _read_hub(spec, part)
+    return f"{spec.data.hub}[{getattr(spec.data.split or Split(), part)}]", dataset.column_names, dataset
 
 
-def _read_files(task: str, part: Part, paths: Sequence[Path]) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
+def _read_files(where: str, paths: Sequence[Path]) -> list[Row]:
     if not paths:
-        raise InputError(f"task {task!r}: data.files.{part} is an empty list; name at least one file")
+        raise InputError(f"{where} is an empty list; name at least one file")
+    rows: list[Row] = []
     for path in paths:
-        if path.suffix not in FORMATS:
-            raise InputError(
-                f"task {task!r}: data.files.{part} {str(path)!r} ends in {path.suffix!r}; "
-                f"known endings: {', '.join(FORMATS)}"
-            )
+        if path.suffix.lower() not in READERS:
+            raise InputError(f"{where} {str(path)!r} ends in {path.suffix!r}; known endings: {', '.join(READERS)}")
         if not path.is_file():
-            raise InputError(f"task {task!r}: data.files.{part}: no such file: {path}")
+            raise InputError(f"{where}: no such file: {path}; check the path, which is relative to the config")
         if path.stat().st_size == 0:
-            raise InputError(f"task {task!r}: data.files.{part} {path} is empty; give a file with at least one row")
-    if len({path.suffix for path in paths}) > 1:
-        raise InputError(f"task {task!r}: data.files.{part} mixes endings; use one format for one part")
-    try:
-        return load_dataset(FORMATS[paths[0].suffix], data_files=[str(path) for path in paths], split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(
-            f"task {task!r}: data.files.{part} {', '.join(map(str, paths))} cannot be read as "
-            f"{paths[0].suffix.lstrip('.')}: {reason}"
-        ) from error
+            raise InputError(f"{where} {path} is empty; give a file with at least one row")
+        try:
+            rows += read_rows(path)
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"{where} {path} cannot be read as {path.suffix.lstrip('.')}: {reason}; repair the file"
+            ) from error
+    return rows
 
 
 def _read_hub(spec: TaskSpec, part: Part) -> Dataset:
@@ -251,14 +279,26 @@ def template_fields(template: str) -> tuple[str, ...]:
     Raises:
         ValueError: the template is malformed, or a field is more than a column's name.
     """
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"template {template!r} has a brace without its pair; write {{{{ or }}}} for a brace"
+        ) from error
     fields = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
+    for _, name, spec, conversion in pieces:
         if name is None:
             continue
         if not name or spec or conversion or not all(character not in ".[]" for character in name):
-            raise ValueError(f"template field {{{name}}} must be a plain column name; write {{{{ }}}} for a brace")
+            raise ValueError(f"template field {{{name}}} must be a plain column name; write {{{{ or }}}} for a brace")
         fields.append(name)
     return tuple(dict.fromkeys(fields))
+
+
+def _fill(template: str, row: Mapping[str, Any]) -> str:
+    """The template with each field's value in its place, whatever the column is called (`str.format` refuses `{0}`)."""
+    pieces = string.Formatter().parse(template)
+    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in pieces)
 
 
 def _templates(spec: TaskSpec) -> list[tuple[str, str]]:
@@ -279,30 +319,31 @@ def _render(spec: TaskSpec, row: Mapping[str, Any], where: str) -> Example:
             if row[name] is None:
                 raise InputError(f"{where}: column {name!r} has no value; fill it in or drop the row")
     if isinstance(spec.prompt, str):
-        prompt: str | tuple[Mapping[str, str], ...] = spec.prompt.format(**row)
+        prompt: str | tuple[Mapping[str, str], ...] = _fill(spec.prompt, row)
     else:
-        prompt = tuple({"role": turn.role, "content": turn.content.format(**row)} for turn in spec.prompt)
+        prompt = tuple({"role": turn.role, "content": _fill(turn.content, row)} for turn in spec.prompt)
     if spec.labels is None:
-        return Example(prompt, spec.completion.format(**row))
+        return Example(prompt, _fill(spec.completion, row))
     column = template_fields(spec.completion)[0]
     return Example(prompt, _render_completion(spec, _label_text(spec, row[column], f"{where}, column {column!r}")))
 
 
 def _render_completion(spec: TaskSpec, label: str) -> str:
-    return spec.completion.format(**{template_fields(spec.completion)[0]: label})
+    return _fill(spec.completion, {template_fields(spec.completion)[0]: label})
 
 
 def _label_text(spec: TaskSpec, value: Any, where: str) -> str:
-    if isinstance(spec.labels, dict):
-        for key, text in spec.labels.items():
-            if str(key) == str(value):
-                return text
-        known: Iterable[str] = map(str, spec.labels)
-    else:
-        labels = spec.labels or ()
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-            return labels[value]
-        if value in labels:
-            return str(value)
-        known = labels
-    raise InputError(f"{where}: {value!r} is not one of the labels ({', '.join(known)}); add it to `labels` or drop it")
+    labels = spec.labels or ()
+    # A label's own text comes before its place in the list, so that labels like "1" and "2" mean themselves.
+    if str(value) in labels:
+        return labels[str(value)] if isinstance(labels, dict) else str(value)
+    if (
+        isinstance(labels, tuple)
+        and not isinstance(value, bool)
+        and str(value).isdecimal()
+        and int(value) < len(labels)
+    ):
+        return labels[int(value)]
+    raise InputError(
+        f"{where}: {value!r} is not one of the labels ({', '.join(labels)}); add it to `labels` or drop it"
+    )

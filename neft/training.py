@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -31,6 +33,8 @@ from neft.encoding import encode
 from neft.errors import FailedError, InputError
 from neft.tasks import Example, Task
 from neft.training_spec import TrainingSpec
+
+Model = PreTrainedModel | PeftModel
 
 #: Called with the step and the values of one log entry: loss, learning_rate, grad_norm, ...
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -63,14 +67,15 @@ def train(
         FailedError: the loss or a trained parameter is not finite.
         InputError: settings that TRL or transformers refuse.
     """
+    learner = cast(Model, model)
     training, validation = _split(task.train, spec, seed)
-    with tempfile.TemporaryDirectory(prefix="neft-training-") as folder, _as_configured(model):
+    with tempfile.TemporaryDirectory(prefix="neft-training-") as folder, _as_configured(learner):
         callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
         try:
             trainer = SFTTrainer(
-                model=model,
+                model=learner,
                 args=_arguments(spec, seed, Path(folder)),
                 train_dataset=_dataset(tokenizer, training, spec.max_length),
                 eval_dataset=_dataset(tokenizer, validation, spec.max_length) if validation else None,
@@ -126,19 +131,36 @@ class _Progress(TrainerCallback):
             self.bar.close()
 
 
+#: What TRL and transformers take over from the tokenizer, or switch for training, in a model's configs.
+_SET_IN_CONFIGS = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+
+
 @contextmanager
-def _as_configured(model: nn.Module) -> Iterator[None]:
-    """Undo what training sets on a model besides its weights: mode, cache, checkpointing and its hooks, gradients."""
-    use_cache, training = model.config.use_cache, model.training
+def _as_configured(model: Model) -> Iterator[None]:
+    """Undo what training sets on a model besides its weights: modes, configs, checkpointing, hooks, gradients.
+
+    TRL and accelerate also replace `forward` on the model itself (a fused head, autocast for bf16), for good.
+    """
+    configs = [config for config in (model.config, model.generation_config) if config is not None]
+    values = [{name: getattr(config, name) for name in _SET_IN_CONFIGS if hasattr(config, name)} for config in configs]
+    modules = [(module, module.training, vars(module).get("forward")) for module in model.modules()]
+    checkpointing = model.is_gradient_checkpointing
     try:
         yield
     finally:
-        model.config.use_cache = use_cache
-        if model.is_gradient_checkpointing:
+        for config, before in zip(configs, values, strict=True):
+            for name, value in before.items():
+                setattr(config, name, value)
+        if not checkpointing:
             model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
         model.zero_grad(set_to_none=True)
-        model.train(training)
+        for module, training, forward in modules:
+            module.training = training
+            vars(module).pop("forward", None)
+            vars(module).pop("_original_forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
 
 
 def _split(
@@ -189,6 +211,7 @@ def _arguments(spec: TrainingSpec, seed: int, folder: Path) -> SFTConfig:
         # A diverging loss must be seen, not averaged away.
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         **spec.model_dump(exclude=_OURS),
         **watched,
     )

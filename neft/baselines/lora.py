@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from neft.strategies import check_positive
+from neft.strategies import check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Lora:
     name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
-        check_positive(self.name, r=self.r, alpha=self.alpha)
+        check_count(self.name, r=self.r)
+        check_positive(self.name, alpha=self.alpha)
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -30,4 +31,5 @@ class Lora:
         return get_peft_model(model, config)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        return model.merge_and_unload()
+        merged: nn.Module = cast(PeftModel, model).merge_and_unload()
+        return merged

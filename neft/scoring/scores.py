@@ -37,12 +37,13 @@ class Scores:
             if values is None or tuple(values.shape) != (site.size,):
                 given = "none" if values is None else f"shape {tuple(values.shape)}"
                 raise InputError(f"scores for site {site.name!r} must have shape ({site.size},), not {given}")
+            values = values.detach().to("cpu", torch.float32)
             if not torch.isfinite(values).all():
                 raise FailedError(
                     f"scores of site {site.name!r} are not finite: the model's loss or activations overflow on these "
                     "batches; look for broken rows, or use a wider model.dtype"
                 )
-            checked[site.name] = values.detach().to("cpu", torch.float32)
+            checked[site.name] = values
         object.__setattr__(self, "values", MappingProxyType(checked))
 
     def save(self, path: PathLike) -> None:

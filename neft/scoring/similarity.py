@@ -14,7 +14,7 @@ from neft.encoding import Batch
 from neft.neurons import NeuronSpace
 from neft.scoring.per_neuron import summed_over_weights
 from neft.scoring.scores import Scores
-from neft.strategies import check_positive
+from neft.strategies import check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Similarity:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive(self.name, steps=self.steps, learning_rate=self.learning_rate)
+        check_count(self.name, steps=self.steps)
+        check_positive(self.name, learning_rate=self.learning_rate)
 
     def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
         parameters = dict(model.named_parameters())
         trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
         training = model.training
         try:
             self._fine_tune(model, batches)
@@ -47,13 +49,14 @@ class Similarity:
                 for name, parameter in parameters.items():
                     parameter.copy_(before[name])
                     parameter.requires_grad_(trainable[name])
-                    parameter.grad = None
+                    parameter.grad = gradients[name]
             model.train(training)
         return Scores(space, distances)
 
     def _fine_tune(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         model.eval()  # dropout would be drawn from the global generator, and the score should depend on data alone
         model.requires_grad_(True)
+        model.zero_grad(set_to_none=True)
         device = next(model.parameters()).device
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.0)
         for batch in islice(cycle(batches), self.steps):
@@ -68,7 +71,7 @@ def _distances(model: nn.Module, space: NeuronSpace, before: dict[str, torch.Ten
     """One minus the cosine, in float64: after a few steps it is far below float32's resolution around 1."""
 
     def now(module: str) -> torch.Tensor:
-        return model.get_submodule(module).weight.detach().double()
+        return model.get_parameter(f"{module}.weight").detach().double()
 
     def then(module: str) -> torch.Tensor:
         return before[f"{module}.weight"].double()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from neft.encoding import IGNORED, Batch
 from neft.neurons import NeuronSpace, Site
@@ -22,13 +23,13 @@ class _Tap(torch.autograd.Function):
     """Identity that hands activation and gradient to a callback. As a Function it survives gradient checkpointing."""
 
     @staticmethod
-    def forward(ctx: Any, activation: torch.Tensor, see: Callable[..., None]) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, activation: torch.Tensor, see: Callable[..., None]) -> torch.Tensor:
         ctx.save_for_backward(activation)
         ctx.see = see
         return activation.view_as(activation)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (activation,) = ctx.saved_tensors
         ctx.see(activation, gradient)
         return gradient, None
@@ -48,8 +49,9 @@ def run_tapped(
         for site in space.sites:
             stack.enter_context(_hooked(model, site, collect, seen, backward))
         if backward:
-            model.enable_input_require_grads()
-            stack.callback(model.disable_input_require_grads)
+            transformer = cast(PreTrainedModel, model)
+            transformer.enable_input_require_grads()
+            stack.callback(transformer.disable_input_require_grads)
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             seen["tokens"] = inputs["attention_mask"].bool()

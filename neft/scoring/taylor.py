@@ -28,12 +28,13 @@ class Taylor:
 
     def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
         totals = {site.name: torch.zeros(site.size) for site in space.sites}
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        counts = dict.fromkeys(totals, 0)
 
         def collect(site: Site, activation: torch.Tensor, gradient: torch.Tensor | None, mask: torch.Tensor) -> None:
             assert gradient is not None
             effect = (activation.float() * gradient.float()).sum(-1).abs() * mask[..., None]
             totals[site.name] += effect.sum((0, 1)).cpu()
+            counts[site.name] += int(mask.sum())
 
         run_tapped(model, space, batches, collect, backward=True)
-        return Scores(space, {name: total / tokens for name, total in totals.items()})
+        return Scores(space, {name: total / max(counts[name], 1) for name, total in totals.items()})

@@ -23,6 +23,6 @@ class Weight:
 
     def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
         squares = summed_over_weights(
-            model, space, lambda module: model.get_submodule(module).weight.detach().double().square()
+            model, space, lambda module: model.get_parameter(f"{module}.weight").detach().double().square()
         )
         return Scores(space, {name: total.sqrt() for name, total in squares.items()})

@@ -1,0 +1,49 @@
+# Two commands: `make demo` learns the demo stream, `make test` runs the tests. Both set everything up in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO := .neft/demo/manifest.json
+
+.PHONY: demo demo-compare demo-data test test-slow lint docs clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo          learn four real tasks in SmolLM2-135M and print what was forgotten (about 10 minutes, two cores)"
+	@echo "make demo-compare  the same stream by plain sequential fine-tuning and LoRA, beside it"
+	@echo "make test          lint, types and the fast tests"
+	@echo "make test-slow     the tests on the real model and data"
+	@echo "make docs          write the generated pages of docs/ anew"
+
+# pip, not uv: it finds a torch wheel that the machine may hold on disk. Every version is pinned in constraints.txt.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+demo-data: $(INSTALLED)
+	@$(BIN)/python -m flows.demo .neft/demo
+
+demo: demo-data
+	@$(BIN)/neft run configs/demo.yaml
+
+demo-compare: demo
+	@$(BIN)/neft run configs/demo.yaml --set stream=demo-full --set method.baseline=full \
+		--set training.learning_rate=2.0e-5
+	@$(BIN)/neft run configs/demo.yaml --set stream=demo-lora --set method.baseline=lora
+	@$(BIN)/neft report demo demo-full demo-lora
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: demo-data
+	$(BIN)/pytest -m slow
+
+docs: $(INSTALLED)
+	$(BIN)/python -m flows.reference docs/config.md
