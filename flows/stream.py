@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
-from prefect import flow, runtime, task
+from prefect import Task, flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.config import StreamConfig, validate_config
@@ -16,30 +16,36 @@ from flows.tracking import Tracker
 from flows.workbench import Workbench, current, on
 from registry import Registry
 
-# What was done is decided by the registry alone, so Prefect neither caches nor keeps results.
-# Steps take names alone: the model stays on the workbench and never passes through Prefect.
-_step = partial(task, cache_policy=NO_CACHE, persist_result=False)
+_P = ParamSpec("_P")
 
 
-@_step(task_run_name="load")
+def _step(run_name: str) -> Callable[[Callable[_P, None]], Task[_P, None]]:
+    """A Prefect task that is neither cached nor kept: what was done is decided by the registry alone.
+
+    Steps take names alone; the model stays on the workbench and never passes through Prefect.
+    """
+    return task(task_run_name=run_name, cache_policy=NO_CACHE, persist_result=False)
+
+
+@_step("load")
 def load() -> None:
     """Load the model and the tasks' data."""
     current().load()
 
 
-@_step(task_run_name="score {name}")
+@_step("score {name}")
 def score(name: str) -> None:
     """Score the neurons for a task."""
     current().score()
 
 
-@_step(task_run_name="select {name}")
+@_step("select {name}")
 def select(name: str) -> None:
     """Choose a task's neurons."""
     current().select()
 
 
-@_step(task_run_name="train {name}")
+@_step("train {name}")
 def train(name: str) -> None:
     """Train a task's neurons and audit that nothing else changed, or learn it by the configured baseline."""
     bench = current()
@@ -49,13 +55,13 @@ def train(name: str) -> None:
         bench.train_baseline()
 
 
-@_step(task_run_name="evaluate after {name}")
+@_step("evaluate after {name}")
 def evaluate(name: str) -> None:
     """Evaluate the model as it stands on every task of the stream."""
     current().evaluate()
 
 
-@_step(task_run_name="record {name}")
+@_step("record {name}")
 def record(name: str) -> None:
     """Record a task's entry in the registry."""
     current().record()

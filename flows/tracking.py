@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 import time
@@ -13,9 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from sqlalchemy.exc import SQLAlchemyError
@@ -158,5 +157,7 @@ class Tracker:
 
 
 def _dataset(name: str, fingerprint: str, context: str) -> DatasetInput:
-    dataset = MetaDataset(CodeDatasetSource(tags={"fingerprint": fingerprint}), name=name, digest=fingerprint[:16])
-    return DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
+    """A data set as MLflow knows it; its source is what identifies it: the fingerprint of its rendered rows."""
+    source = json.dumps({"fingerprint": fingerprint})
+    dataset = Dataset(name=name, digest=fingerprint[:16], source_type="fingerprint", source=source)
+    return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", context)])

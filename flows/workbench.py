@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.config import StreamConfig
 from flows.figures import heatmap
@@ -34,7 +34,7 @@ from neft.selection import Selection, select
 from neft.strategies import build
 from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
-from neft.tuner import NeftConfig
+from neft.tuner import NeftConfig, NeftModel
 from registry import Entry, NewEntry, Registry, Run
 
 
@@ -68,7 +68,7 @@ class Workbench:
     def __init__(self, config: StreamConfig, registry: Registry, tracker: Tracker, flow_run_id: str | None):
         self.config, self.registry, self.tracker = config, registry, tracker
         self.flow_run_id = flow_run_id
-        self.model: nn.Module
+        self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
         self.tasks: tuple[Task, ...] = ()
         self.probes: tuple[Probe, ...] = ()
@@ -265,7 +265,7 @@ class Workbench:
         for note in work.selection.notes:
             say(f"{self._head()} {note}")
         self.tracker.log_neurons(work.run_id, neurons)
-        sizes = {
+        sizes: dict[str, float] = {
             "selection/neurons": len(neurons),
             "selection/parameters": neurons.parameters,
             "selection/free_before": len(free),
@@ -284,11 +284,12 @@ class Workbench:
         neurons = work.selection.neurons
         audit = Audit(self.model, neurons)
         peft_model = get_peft_model(self.model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
+        tuner = cast(NeftModel, peft_model.base_model)
         try:
             work.result = self._fit(peft_model)
-            work.overlay = peft_model.base_model.overlay(neurons)
+            work.overlay = tuner.overlay(neurons)
         finally:
-            self.model = peft_model.unload()
+            self.model = cast(PreTrainedModel, tuner.unload())
         before = work.overlay.lay_on(self.model)
         work.audit = audit.compare(self.model)
         if not work.audit.identical:
@@ -307,7 +308,7 @@ class Workbench:
         baseline = build("baseline", BASELINES, self.config.method.baseline)
         prepared = baseline.prepare(self.model, self.config.seed)
         work.result = self._fit(prepared)
-        self.model = baseline.finish(prepared)
+        self.model = cast(PreTrainedModel, baseline.finish(prepared))
         self._trained()
 
     def _fit(self, model: nn.Module) -> TrainingResult:

@@ -49,6 +49,15 @@ def encode(
     return _shortened(whole, start, max_length, tokenizer)
 
 
+def encode_candidates(
+    tokenizer: PreTrainedTokenizerBase, example: Example, completions: Sequence[str], max_length: int | None = None
+) -> list[Encoded]:
+    """Each completion after the example's prompt; the longest one decides how much of the prompt all of them keep."""
+    encoded = [encode(tokenizer, example, completion=text) for text in completions]
+    longest = max(len(item.ids) for item in encoded)
+    return [_shortened(list(item.ids), item.start, max_length, tokenizer, longest) for item in encoded]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None = None) -> list[int]:
     """Token ids of the prompt alone, shortened from its beginning."""
     text, special = _prompt_text(tokenizer, example)
@@ -75,11 +84,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[i
     return ids
 
 
-def _shortened(ids: list[int], start: int, max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    if max_length is None or len(ids) <= max_length:
+def _shortened(
+    ids: list[int], start: int, max_length: int | None, tokenizer: PreTrainedTokenizerBase, longest: int | None = None
+) -> Encoded:
+    """The sequence with as much of its prompt dropped as one of `longest` tokens (default: its own) needs to fit."""
+    longest = len(ids) if longest is None else longest
+    if max_length is None or longest <= max_length:
         return Encoded(tuple(ids), start)
     lead = 1 if start and ids[0] in tokenizer.all_special_ids else 0
-    dropped = min(len(ids) - max_length, start - lead)
+    dropped = min(longest - max_length, start - lead)
     kept = ids[:lead] + ids[lead + dropped :]
     return Encoded(tuple(kept[:max_length]), start - dropped)
 

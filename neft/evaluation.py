@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from neft.encoding import Encoded, encode, encode_prompt
+from neft.encoding import Encoded, encode_candidates, encode_prompt
 from neft.errors import InputError
 from neft.tasks import Example, Spec, Task
 
@@ -69,8 +69,10 @@ def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, s
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+    """The examples in batches of prompts of like length, since padding costs as much as text."""
+    ordered = sorted(examples, key=lambda example: len(str(example.prompt)))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -86,6 +88,7 @@ def _classified(
             yield float(task.completions[best] == example.completion)
 
 
+@torch.no_grad()
 def completion_log_likelihoods(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -97,11 +100,14 @@ def completion_log_likelihoods(
 
     The prompts run through the model once; every completion then continues from their key-value cache.
     """
-    rows = [[encode(tokenizer, example, max_length, text) for text in completions] for example in examples]
+    rows = [encode_candidates(tokenizer, example, completions, max_length) for example in examples]
     # What all candidates of a prompt share, less one token whose output predicts the first token that differs.
     shared = [min(_common(row), *(item.start for item in row)) - 1 for row in rows]
     if min(shared) < 0:
-        raise InputError("a prompt has no tokens, so its labels cannot be compared; give the prompt template some text")
+        raise InputError(
+            "a prompt has no tokens, so its labels cannot be compared; give the prompt template some text, or raise "
+            "evaluation.max_length if the labels leave no room for it"
+        )
     device, pad = _device(model), int(tokenizer.pad_token_id)
     longest = max(shared)
     prompts = torch.full((len(rows), longest), pad)
@@ -151,7 +157,7 @@ def _continued(
     for place, rest in enumerate(rests):
         ids[place, : len(rest)] = torch.tensor(rest)
         mask[place, : len(rest)] = 1
-    # Padding repeats the last position: one beyond the model's last would break models that embed positions.
+    # Padding repeats the last position, for there may be none after it.
     positions = torch.tensor(shared)[:, None] + mask.cumsum(-1) - 1
     # The model appends to the cache it is given, and the next candidate needs the prompts' own.
     logits = model(

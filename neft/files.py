@@ -63,7 +63,7 @@ def _cannot_write(path: Path, error: Exception) -> FailedError:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a tensor, on the CPU, in C order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -109,7 +109,7 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
             metadata = json.loads((file.metadata() or {}).get("neft", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         description = metadata.get("description", {})
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise FailedError(f"{path} is corrupt ({error}); restore it from a copy or learn the task again") from error
     if metadata.get("format") != kind:
         raise InputError(f"{path} is a {metadata.get('format', 'foreign safetensors file')!r}, not a {kind!r}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +19,9 @@ from transformers import (
 from neft.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+#: What transformers raises for files that are missing, broken, or of no known family.
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, struct.error)
 
 
 def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -34,15 +39,29 @@ def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Pre
         return _load_gguf(path, dtype)
     _refuse_missing(name, path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except _UNREADABLE as error:
         raise InputError(
-            f"model.name {name!r} cannot be loaded: {reason}; give a hub id, a folder written by save_pretrained, "
-            "or a .gguf file"
+            f"model.name {name!r} cannot be loaded: {_first_line(error)}; give a hub id, a folder written by "
+            "save_pretrained, or a .gguf file"
         ) from error
+    _refuse_incomplete(name, found)
     return _ready(model, tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refuse_incomplete(name: str, found: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; such a model is nobody's base."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model.name {name!r} lacks {len(missing)} weights of its model, such as {missing[0]}; "
+            "give a complete checkpoint of a causal language model"
+        )
 
 
 def _refuse_missing(name: str, path: Path) -> None:
@@ -58,10 +77,13 @@ def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTok
     if not path.is_file():
         raise InputError(f"model.name {str(path)!r}: there is no such GGUF file")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.name {str(path)!r} cannot be read as GGUF: {error}") from error
+    except _UNREADABLE as error:
+        raise InputError(f"model.name {str(path)!r} cannot be read as GGUF: {_first_line(error)}") from error
+    _refuse_incomplete(str(path), found)
     config = AutoConfig.for_model(**_without_quantization(loaded.config.to_dict()))
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.load_state_dict(loaded.state_dict())
@@ -69,7 +91,7 @@ def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTok
     return _ready(model, tokenizer)
 
 
-def _without_quantization(config: dict[str, object]) -> dict[str, object]:
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 

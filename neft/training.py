@@ -143,7 +143,9 @@ def _as_configured(model: Model) -> Iterator[None]:
     """
     configs = [config for config in (model.config, model.generation_config) if config is not None]
     values = [{name: getattr(config, name) for name in _SET_IN_CONFIGS if hasattr(config, name)} for config in configs]
-    modules = [(module, module.training, vars(module).get("forward")) for module in model.modules()]
+    modules = [
+        (module, module.training, vars(module).get("forward"), set(module._forward_hooks)) for module in model.modules()
+    ]
     checkpointing = model.is_gradient_checkpointing
     try:
         yield
@@ -155,8 +157,11 @@ def _as_configured(model: Model) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
         model.zero_grad(set_to_none=True)
-        for module, training, forward in modules:
+        for module, training, forward, hooks in modules:
             module.training = training
+            # Input gradients are asked for more than once, and the model remembers the last hook alone.
+            for hook in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[hook]
             vars(module).pop("forward", None)
             vars(module).pop("_original_forward", None)
             if forward is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from neft.errors import nearest
 from neft.tasks import Spec
 
 
@@ -39,3 +42,11 @@ class TrainingSpec(Spec):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the training rows held out for early stopping (never evaluation rows)"
     )
+
+    @field_validator("lr_scheduler_type", "optim")
+    @classmethod
+    def _known_to_transformers(cls, value: str, info: ValidationInfo) -> str:
+        known = [each.value for each in (SchedulerType if info.field_name == "lr_scheduler_type" else OptimizerNames)]
+        if value not in known:
+            raise ValueError(f"transformers has no {value!r}; {nearest(value, known)}")
+        return value

@@ -1,21 +1,14 @@
-"""Shared by all tests: no telemetry, quiet libraries, and one Prefect server for the session's flows."""
+"""Shared by all tests: one Prefect server for the session, and a tiny stream that was learnt once."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Set before Prefect or MLflow is imported anywhere: they read the environment then.
-os.environ.update(
-    DO_NOT_TRACK="true",
-    PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    MLFLOW_DISABLE_TELEMETRY="true",
-    HF_HUB_OFFLINE="1",
-    MLFLOW_LOGGING_LEVEL="ERROR",
-)
+from tests.learnt import Learnt, learn
+from tests.tiny import write_stream
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +27,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NEFT_HOME", str(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of the tiny stream."""
+    return write_stream(tmp_path_factory.mktemp("stream"))
+
+
+@pytest.fixture(scope="session")
+def learnt(stream: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Iterator[Learnt]:
+    """The tiny stream, learnt without disturbance."""
+    yield learn(stream, tmp_path_factory.mktemp("home"))

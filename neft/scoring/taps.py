@@ -90,8 +90,9 @@ def _hooked(
 ) -> Iterator[None]:
     part = site.tap
     positions = torch.from_numpy(part.positions(np.arange(site.size)))
-    # In an encoder-decoder model the decoder runs over the targets, everything else over the inputs.
-    decoder = getattr(model.config, "is_encoder_decoder", False) and "decoder" in part.module
+    # In an encoder-decoder model the decoder runs over the targets, but its cross-attention's keys over the inputs.
+    cross = part.side == "row" and "EncDecAttention" in part.module
+    decoder = getattr(model.config, "is_encoder_decoder", False) and "decoder" in part.module and not cross
 
     def see(activation: torch.Tensor, gradient: torch.Tensor | None) -> None:
         mask = seen["targets" if decoder else "tokens"]

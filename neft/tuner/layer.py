@@ -8,25 +8,32 @@ chosen rows alone: no dense weight gradient exists, and of the input only what t
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch.autograd.function import once_differentiable
 
 from neft.errors import InputError
 from neft.neurons import ModuleRows, Side, matrix_shape
-from neft.overlay import storage_dim, write_rows
+from neft.overlay import read_rows, storage_dim, weight_of, write_rows
+
+
+class _Version(NamedTuple):
+    """What tells one state of an adapter's rows from another."""
+
+    address: int
+    writes: int
+    trained: bool
 
 
 class _Laid(NamedTuple):
     """An adapter whose rows are in the base weight now, the version of them, and what they replaced."""
 
     adapter: str
-    version: tuple[int, int]
+    version: _Version
     originals: torch.Tensor
 
 
@@ -34,7 +41,7 @@ class _NeuronLinear(torch.autograd.Function):
     """y = x W^T + b with the adapters' rows in W; gradients for x and for those rows only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, layer: NeftLinear, adapters: tuple[str, ...], *rows: torch.Tensor
     ) -> torch.Tensor:
         layer.lay(adapters)
@@ -51,22 +58,25 @@ class _NeuronLinear(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer, count = ctx.layer, len(ctx.adapters)
         saved = list(ctx.saved_tensors)
         rows, saved = saved[:count], saved[count:]
-        whole = saved.pop(0) if ctx.whole else None
+        whole: torch.Tensor | None = saved.pop(0) if ctx.whole else None
         grad_x = None
         if ctx.needs_input_grad[0]:
             # Another forward may have laid other rows since: the gradient is that of this forward's weight.
+            now = layer.laid
             layer.lay(ctx.adapters)
             grad_x = layer.dense_input_gradient(grad).to(ctx.x_dtype)
+            layer.lay(now)
         flat = grad.reshape(-1, grad.shape[-1])
         gradients: list[torch.Tensor | None] = []
         for name, values in zip(ctx.adapters, rows, strict=True):
             if name not in ctx.trained:
                 gradients.append(None)
-            elif layer.sides[name] == "row":
+            elif whole is not None and layer.sides[name] == "row":
                 inputs = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
                 gradients.append((flat.index_select(1, layer.neft_positions[name]).T @ inputs).to(values.dtype))
             else:
@@ -106,7 +116,7 @@ class NeftLayer(BaseTunerLayer):
     ) -> None:
         """Add an adapter of `count` rows or columns; without `chosen`, a saved adapter is to be loaded into it."""
         self.restore()
-        weight = self.get_base_layer().weight
+        weight = weight_of(self.get_base_layer())
         length = self.out_features if side == "row" else self.in_features
         if not 0 < count <= length:
             raise InputError(f"adapter {adapter_name!r} trains {count} {side}s of a module that has {length}")
@@ -116,20 +126,13 @@ class NeftLayer(BaseTunerLayer):
             rows = torch.zeros(count, width, dtype=weight.dtype)
         else:
             positions = torch.from_numpy(chosen.positions.copy())
-            rows = self._read(side, positions.to(weight.device))
+            rows = read_rows(self.get_base_layer(), side, positions.to(weight.device))
         self.sides[adapter_name] = side
         self.neft_positions[adapter_name] = positions
         self.neft_rows[adapter_name] = nn.Parameter(rows, requires_grad=True)
         self._checked.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _read(self, side: Side, positions: torch.Tensor) -> torch.Tensor:
-        """A copy of rows or columns of the base weight, (k, d)."""
-        base = self.get_base_layer()
-        dim = storage_dim(base, side)
-        picked = base.weight.detach().index_select(dim, positions)
-        return picked if dim == 0 else picked.T.contiguous()
 
     def _check(self, adapters: tuple[str, ...]) -> None:
         """
@@ -160,49 +163,53 @@ class NeftLayer(BaseTunerLayer):
                         "activate one of them, or train disjoint neuron sets"
                     )
 
+    @property
+    def laid(self) -> tuple[str, ...]:
+        """The adapters whose rows the base weight holds now."""
+        return tuple(laid.adapter for laid in self._laid)
+
     def lay(self, adapters: tuple[str, ...]) -> None:
         """Make the base weight hold the rows of `adapters`, over what is merged, and nothing else."""
-        weight = self.get_base_layer().weight
-        if self._laid and weight._version != self._weight_version:
-            # Somebody wrote the base weight meanwhile (loaded a state, moved it): what stands there is the base now.
-            self._laid.clear()
-        current = tuple(laid.adapter for laid in self._laid)
-        versions = tuple(self._rows_version(name) for name in adapters)
-        if current == adapters and versions == tuple(laid.version for laid in self._laid) and not self._must_write():
-            return
-        if current != adapters:
+        base = self.get_base_layer()
+        weight = weight_of(base)
+        if self.laid != adapters or weight._version != self._weight_version:
             self.restore()
             self._check(adapters)
+        versions = tuple(self._rows_version(name) for name in adapters)
+        if self._laid and versions == tuple(laid.version for laid in self._laid) and not self._is_trained(adapters):
+            return
         for place, (name, version) in enumerate(zip(adapters, versions, strict=True)):
-            positions = self.neft_positions[name]
-            if current == adapters:
-                originals = self._laid[place].originals
-                self._laid[place] = _Laid(name, version, originals)
+            side, positions = self.sides[name], self.neft_positions[name]
+            if place < len(self._laid):
+                self._laid[place] = self._laid[place]._replace(version=version)
             else:
                 # A normal tensor even inside torch.inference_mode, so that it can be copied back outside of it.
                 with torch.inference_mode(False), torch.no_grad():
-                    originals = self._read(self.sides[name], positions)
-                self._laid.append(_Laid(name, version, originals))
-            write_rows(self.get_base_layer(), self.sides[name], positions, self.neft_rows[name].detach())
+                    self._laid.append(_Laid(name, version, read_rows(base, side, positions)))
+            write_rows(base, side, positions, self.neft_rows[name].detach())
         self._weight_version = weight._version
 
-    def _rows_version(self, adapter: str) -> tuple[int, int]:
+    def _rows_version(self, adapter: str) -> _Version:
         rows = self.neft_rows[adapter]
-        return rows.data_ptr(), rows._version
+        return _Version(rows.data_ptr(), rows._version, rows.requires_grad)
 
-    def _must_write(self) -> bool:
-        """In training some optimisers write through `.data`, which leaves no trace in a tensor's version."""
-        return bool(self.training)  # type: ignore[attr-defined]
+    def _is_trained(self, adapters: tuple[str, ...]) -> bool:
+        """Fused optimisers, and those that write through `.data`, leave no trace in a tensor's version."""
+        return any(self.neft_rows[name].requires_grad for name in adapters)
 
     def restore(self) -> None:
         """Give the base weight back, bit for bit, as it was before the active adapters were laid on it."""
-        weight = self.get_base_layer().weight
-        if self._laid and weight._version == self._weight_version:
-            for laid in reversed(self._laid):
-                write_rows(
-                    self.get_base_layer(), self.sides[laid.adapter], self.neft_positions[laid.adapter], laid.originals
-                )
-        self._laid.clear()
+        base = self.get_base_layer()
+        written = weight_of(base)._version != self._weight_version
+        while self._laid:
+            name, _, originals = self._laid.pop()
+            side, positions = self.sides[name], self.neft_positions[name]
+            if written:
+                # Somebody wrote the base weight meanwhile: rows that are not the adapter's any more are the base now.
+                there, rows = read_rows(base, side, positions), self.neft_rows[name].detach()
+                still = (there == rows.to(there)).all(dim=1)
+                positions, originals = positions[still], originals[still]
+            write_rows(base, side, positions, originals)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -239,7 +246,6 @@ class NeftLinear(nn.Module, NeftLayer):
         NeftLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self._merged_originals: list[tuple[str, torch.Tensor]] = []
-        self.transposed = isinstance(base_layer, Conv1D)
         self.update_layer(adapter_name, side, count, chosen)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,14 +261,15 @@ class NeftLinear(nn.Module, NeftLayer):
         return self.dense(x)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        """The base layer's product with what its weight holds now."""
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        return F.linear(x, weight.T if self.transposed else weight, bias)
+        """The base layer's own product, with what its weight holds now."""
+        result: torch.Tensor = self.base_layer(x)
+        return result
 
     def dense_input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the input, (..., in), from that of the output, (..., out)."""
-        weight = self.base_layer.weight.to(grad.dtype)
-        return grad @ (weight.T if self.transposed else weight)
+        base = self.get_base_layer()
+        weight = weight_of(base).to(grad.dtype)
+        return grad @ (weight if storage_dim(base, "row") == 0 else weight.T)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapters' rows into the base weight to stay, until `unmerge`.
@@ -281,7 +288,8 @@ class NeftLinear(nn.Module, NeftLayer):
             if safe_merge and not torch.isfinite(rows).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             positions = self.neft_positions[name]
-            self._merged_originals.append((name, self._read(self.sides[name], positions)))
+            originals = read_rows(self.get_base_layer(), self.sides[name], positions)
+            self._merged_originals.append((name, originals))
             write_rows(self.get_base_layer(), self.sides[name], positions, rows)
             self.merged_adapters.append(name)
 
@@ -306,6 +314,26 @@ class NeftLinear(nn.Module, NeftLayer):
         elif self.merged:
             self.unmerge()
         return self.get_base_layer()
+
+    # Copies, saved states and moved models are taken of the base as it is without what is laid on it; the next forward
+    # lays the rows on again.
+
+    def __getstate__(self) -> object:
+        self.restore()
+        return super().__getstate__()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        self._checked.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.restore()
+        return super()._apply(*args, **kwargs)
 
     def __repr__(self) -> str:
         return "neft." + super().__repr__()

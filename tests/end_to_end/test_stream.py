@@ -20,7 +20,7 @@ from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.tasks import load_task
 from registry import Registry
-from tests.end_to_end.conftest import Learnt, learn
+from tests.learnt import Learnt, learn
 from tests.tiny import TASKS, write_stream
 
 NAMES = [name for name, _, _ in TASKS]

@@ -75,7 +75,7 @@ def held(peft_model: PeftModel) -> State:
     """What the base weights hold at this moment, laid rows included, read past every hook."""
     return {
         name.replace(".base_layer.", "."): parameter.detach().clone()
-        for name, parameter in peft_model.get_base_model().named_parameters()
+        for name, parameter in peft_model.base_model.model.named_parameters(remove_duplicate=False)
         if ".neft_" not in name
     }
 
@@ -86,21 +86,21 @@ def logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return result
 
 
-def gradients(model: nn.Module, inputs: Inputs, adapter: str = "default") -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, inputs: Inputs, adapter: str = "default") -> State:
     """Backward of the loss; the gradients of an adapter's rows, which are cleared."""
     model(**inputs).loss.backward()
-    return collect(model, adapter)
+    found = collect(model, adapter)
+    model.zero_grad()
+    return found
 
 
-def collect(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """The gradients of an adapter's rows by module name; all gradients are cleared."""
-    found = {
+def collect(model: nn.Module, adapter: str = "default") -> State:
+    """The gradients that an adapter's rows have now, by module name."""
+    return {
         name.removeprefix("base_model.model."): module.neft_rows[adapter].grad.clone()
         for name, module in model.named_modules()
         if isinstance(module, NeftLinear) and adapter in module.neft_rows
     }
-    model.zero_grad()
-    return found
 
 
 def train(model: nn.Module, inputs: Inputs, steps: int = 3) -> torch.optim.Optimizer:

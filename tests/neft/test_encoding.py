@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from neft.encoding import IGNORED, batches, collate, encode, encode_prompt
+from neft.encoding import IGNORED, batches, collate, encode, encode_candidates, encode_prompt
 from neft.errors import InputError
 from neft.tasks import Example
 from tests.tiny import tiny_tokenizer
@@ -139,3 +139,14 @@ def test_batches_are_of_the_asked_size_and_in_order() -> None:
     second = [row[1] for batch in batches(tokenizer(), examples, 2, 4) for row in batch["input_ids"].tolist()]
     assert sizes == [2, 2, 1]
     assert second == [6, 7, 8, 9, 10]
+
+
+def test_candidates_keep_the_same_end_of_the_prompt_whatever_their_length() -> None:
+    made = tokenizer("<s> $A")
+    short, long = encode_candidates(made, EXAMPLE, [" warm", " cold cold cold"], 7)
+    assert short.ids == (BOS, CAT, KIND, WARM, EOS)
+    assert long.ids == (BOS, CAT, KIND, COLD, COLD, COLD, EOS)
+    assert short.start == long.start == 3
+    assert encode_candidates(made, EXAMPLE, [" warm", " cold cold cold"]) == [
+        encode(made, EXAMPLE, completion=text) for text in (" warm", " cold cold cold")
+    ]

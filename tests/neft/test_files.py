@@ -71,7 +71,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 7, 40, -1])
 def test_a_truncated_file_is_corrupt(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(FailedError, match="is corrupt .*restore it from a copy"):
+    with pytest.raises(FailedError, match=r"is corrupt .*restore it from a copy"):
         load_tensors(saved, "neft-test")
 
 

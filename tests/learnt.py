@@ -1,8 +1,7 @@
-"""A tiny stream, learnt once for the tests that only look at what came out."""
+"""A stream run of a test, and where it left its records."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from flows.config import load_config
 from flows.home import Home
 from flows.launch import run_stream
 from registry import Registry, Run
-from tests.tiny import write_stream
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,3 @@ def learn(config: Path, home: Path, *overrides: str) -> Learnt:
     found = Home(home.resolve())
     with closing(Registry.open(found.registry)) as registry:
         return Learnt(config, found, registry.newest_run(parsed.stream))
-
-
-@pytest.fixture(scope="session")
-def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of the tiny stream."""
-    return write_stream(tmp_path_factory.mktemp("stream"))
-
-
-@pytest.fixture(scope="session")
-def learnt(stream: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Iterator[Learnt]:
-    """The tiny stream, learnt without disturbance."""
-    yield learn(stream, tmp_path_factory.mktemp("home"))

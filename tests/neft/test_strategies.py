@@ -1,0 +1,67 @@
+"""Strategies by name: built from a config's words, or refused with a hint."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from neft.baselines import BASELINES
+from neft.errors import InputError
+from neft.protection import POLICIES
+from neft.scoring import SCORERS
+from neft.scoring.similarity import Similarity
+from neft.strategies import build
+
+FAMILIES: dict[str, dict[str, type[Any]]] = {"scorer": SCORERS, "protection policy": POLICIES, "baseline": BASELINES}
+
+
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role, known in FAMILIES.items() for name in known])
+def test_each_is_built_by_its_name_alone(role: str, name: str) -> None:
+    made = build(role, FAMILIES[role], name)
+    assert type(made) is FAMILIES[role][name]
+    assert made == build(role, FAMILIES[role], {"name": name})
+    assert made.name == name
+    assert "name" not in {field.name for field in fields(made)}
+
+
+def test_options_become_fields() -> None:
+    assert build("scorer", SCORERS, {"name": "similarity", "steps": 7}) == Similarity(steps=7, learning_rate=2e-5)
+
+
+def test_the_choice_itself_is_not_changed() -> None:
+    choice = {"name": "similarity", "steps": 7}
+    build("scorer", SCORERS, choice)
+    assert choice == {"name": "similarity", "steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("role", "choice", "words"),
+    [
+        ("scorer", "tailor", "unknown scorer 'tailor'; did you mean 'taylor'?"),
+        ("scorer", "xyz", "known: activation, fisher, random, similarity, taylor, weight"),
+        ("scorer", {"steps": 3}, "unknown scorer None"),
+        ("scorer", {"name": ["taylor"]}, "unknown scorer ['taylor']"),
+        ("scorer", {"name": "taylor", "steps": 3}, "'taylor' has no option 'steps'; it has no options"),
+        ("scorer", {"name": "similarity", "step": 3}, "no option 'step'; did you mean 'steps'?"),
+        (
+            "scorer",
+            {"name": "similarity", "steps": 0},
+            "'steps' of 'similarity' is 0; it must be a whole number above 0",
+        ),
+        ("scorer", {"name": "similarity", "steps": 2.5}, "whole number"),
+        ("scorer", {"name": "similarity", "steps": True}, "whole number"),
+        ("scorer", {"name": "similarity", "learning_rate": "big"}, "'big'; it must be a number above 0"),
+        ("scorer", {"name": "similarity", "learning_rate": float("nan")}, "number above 0"),
+        ("scorer", {"name": "similarity", "learning_rate": float("inf")}, "number above 0"),
+        ("protection policy", "exclud", "unknown protection policy 'exclud'; did you mean 'exclude'?"),
+        ("baseline", "lara", "unknown baseline 'lara'; did you mean 'lora'?"),
+        ("baseline", {"name": "lora", "r": 8.5}, "'r' of 'lora' is 8.5; it must be a whole number above 0"),
+        ("baseline", {"name": "lora", "alpha": -1}, "'alpha' of 'lora' is -1"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_a_hint(role: str, choice: Any, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        build(role, FAMILIES[role], choice)
