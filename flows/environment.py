@@ -37,15 +37,14 @@ def prepare(config: StreamConfig, home: Home, debug: bool = False) -> None:
     os.environ.setdefault("PREFECT_HOME", str(home.prefect))
     # A first start makes the ephemeral server's database, which takes longer than Prefect waits by default.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    if config.tracking.prefect:
-        os.environ["PREFECT_API_URL"] = config.tracking.prefect
     if not debug:
         # Failures are said once, by the command line; Prefect's own lines still reach its server.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         _quiet()
-    if url := os.environ.get("PREFECT_API_URL"):
+    if url := config.tracking.prefect or os.environ.get("PREFECT_API_URL"):
         check_server("Prefect", "tracking.prefect (or PREFECT_API_URL)", url)
+        os.environ["PREFECT_API_URL"] = url
     uri = mlflow_uri(config, home)
     if uri.startswith(("http://", "https://")):
         check_server("MLflow", "tracking.mlflow (or MLFLOW_TRACKING_URI)", uri)

@@ -38,8 +38,9 @@ def state_digest(model: nn.Module) -> str:
 
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a base model's weights and config: the identity that entries are recorded for."""
-    config: dict[str, Any] = model.config.to_dict() if hasattr(model, "config") else {}
-    identity = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    config: Any = getattr(model, "config", None)
+    described = config.to_dict() if config is not None else {}
+    identity = {key: value for key, value in described.items() if key not in _NOT_IDENTITY}
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(f"{text}\0{state_digest(model)}".encode()).hexdigest()
 

@@ -39,7 +39,7 @@ def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Pre
         return _load_gguf(path, dtype)
     _refuse_missing(name, path)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+        model, found = _model_and_report(name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except _UNREADABLE as error:
         raise InputError(
@@ -48,6 +48,14 @@ def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Pre
         ) from error
     _refuse_incomplete(name, found)
     return _ready(model, tokenizer)
+
+
+def _model_and_report(source: str | Path, dtype: Dtype, **options: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+    )
+    model, report = loaded
+    return model, report
 
 
 def _first_line(error: Exception) -> str:
@@ -77,9 +85,7 @@ def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTok
     if not path.is_file():
         raise InputError(f"model.name {str(path)!r}: there is no such GGUF file")
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        loaded, found = _model_and_report(path.parent, dtype, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except _UNREADABLE as error:
         raise InputError(f"model.name {str(path)!r} cannot be read as GGUF: {_first_line(error)}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -109,7 +109,8 @@ class NeuronSpace:
         Raises:
             InputError: unknown kind or family, kinds that share weights, or a model without the asked kind.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+        base = unwrap() if unwrap else model
         kinds = _checked_kinds(kinds)
         config = getattr(base, "config", None)
         anatomy = anatomy or anatomy_of(getattr(config, "model_type", type(base).__name__))

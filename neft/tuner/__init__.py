@@ -13,10 +13,7 @@ def _add_peft_type(name: str) -> None:
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
+    vars(member).update(_name_=name, _value_=name, __objclass__=PeftType, _sort_order_=len(PeftType.__members__))
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

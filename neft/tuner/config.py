@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -34,7 +35,7 @@ class NeftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.NEFT
+        self.peft_type = PeftType("NEFT")
         self.target_modules = set(self.rows) | set(self.columns)
         # Which rows and columns: known when built from a neuron set, read from the saved adapter otherwise.
         self.positions: dict[str, ModuleRows] = {}
@@ -43,7 +44,7 @@ class NeftConfig(PeftConfig):
             raise InputError(f"NeftConfig: module {both[0]!r} stands under both `rows` and `columns`; choose one")
 
     @classmethod
-    def from_neurons(cls, neurons: NeuronSet, **options: object) -> NeftConfig:
+    def from_neurons(cls, neurons: NeuronSet, **options: Any) -> NeftConfig:
         """The configuration that trains exactly `neurons`; `options` are PEFT's own (`task_type`, ...).
 
         Raises:

