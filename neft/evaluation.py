@@ -99,6 +99,7 @@ def completion_log_likelihoods(
     """Log-likelihood of each completion after each example's prompt, float32 (examples, completions).
 
     The prompts run through the model once; every completion then continues from their key-value cache.
+    Where a completion's first token melts with the prompt's last, all completions are counted from that token on.
     """
     rows = [encode_candidates(tokenizer, example, completions, max_length) for example in examples]
     # What all candidates of a prompt share, less one token whose output predicts the first token that differs.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
@@ -113,6 +113,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters, with `:a` and `:ad` merged to one token, so that a prompt's end can melt into its completion."""
+    vocabulary = {character: place for place, character in enumerate("abcd: ", 4)} | {"<pad>": 0, "</s>": 2}
+    merges = [(":", "a"), (":a", "d")]
+    vocabulary |= {"".join(pair): len(WORDS) - 1 - place for place, pair in enumerate(merges)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocabulary, merges)), pad_token="<pad>", eos_token="</s>"
     )
 
 

@@ -68,9 +68,11 @@ class _NeuronLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # Another forward may have laid other rows since: the gradient is that of this forward's weight.
             now = layer.laid
-            layer.lay(ctx.adapters)
+            if now != ctx.adapters:
+                layer.lay(ctx.adapters)
             grad_x = layer.dense_input_gradient(grad).to(ctx.x_dtype)
-            layer.lay(now)
+            if now != ctx.adapters:
+                layer.lay(now)
         flat = grad.reshape(-1, grad.shape[-1])
         gradients: list[torch.Tensor | None] = []
         for name, values in zip(ctx.adapters, rows, strict=True):
@@ -183,9 +185,7 @@ class NeftLayer(BaseTunerLayer):
             if place < len(self._laid):
                 self._laid[place] = self._laid[place]._replace(version=version)
             else:
-                # A normal tensor even inside torch.inference_mode, so that it can be copied back outside of it.
-                with torch.inference_mode(False), torch.no_grad():
-                    self._laid.append(_Laid(name, version, read_rows(base, side, positions)))
+                self._laid.append(_Laid(name, version, read_rows(base, side, positions)))
             write_rows(base, side, positions, self.neft_rows[name].detach())
         self._weight_version = weight._version
 

@@ -35,7 +35,7 @@ class NeftModel(BaseTuner):
         return key in config.rows or key in config.columns
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        if not peft_config.target_modules:
+        if not cast(NeftConfig, peft_config).target_modules:
             raise InputError("NeftConfig names no rows or columns; build it with NeftConfig.from_neurons")
         return peft_config
 

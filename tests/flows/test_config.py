@@ -14,6 +14,8 @@ from flows.config import StreamConfig, load_config, validate_config
 from neft.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+#: In place of a value: take the key out.
+ABSENT = object()
 PLAIN: dict[str, Any] = {
     "stream": "plain",
     "model": {"name": "some/model"},
@@ -31,21 +33,18 @@ PLAIN: dict[str, Any] = {
 
 
 def changed(*changes: tuple[str, Any]) -> dict[str, Any]:
-    """`PLAIN` with values put in place, such as ("tasks.0.name", "x"); `del` takes a key out."""
+    """`PLAIN` with values put in place, such as ("tasks.0.name", "x"); `ABSENT` takes a key out."""
     raw = copy.deepcopy(PLAIN)
     for key, value in changes:
         *parents, last = key.split(".")
         place: Any = raw
         for part in parents:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        if value is del_:
+        if value is ABSENT:
             del place[last]
         else:
             place[last] = value
     return raw
-
-
-del_ = object()
 
 
 def complaints(*changes: tuple[str, Any]) -> list[str]:
@@ -218,7 +217,7 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, words: str) -> N
         ("model.neurons.fnn", "did you mean 'ffn'?"),
         ("tasks.0.promt", "did you mean 'prompt'?"),
         ("tasks.0.data.limits", "did you mean 'limit'?"),
-        ("tasks.0.data.files.evaluation", "did you mean 'eval'?"),
+        ("tasks.0.data.files.evals", "did you mean 'eval'?"),
         ("tasks.0.data.limit.trian", "did you mean 'train'?"),
         ("tasks.1.data.split.evals", "did you mean 'eval'?"),
         ("method.scorers", "did you mean 'scorer'?"),
@@ -252,9 +251,9 @@ def test_all_mistakes_are_said_at_once_each_with_its_place_and_value() -> None:
     said = complaints(
         ("sed", 1),
         ("seed", -1),
-        ("model", del_),
+        ("model", ABSENT),
         ("tasks.0.labels", ["yes", "yes"]),
-        ("tasks.1.completion", del_),
+        ("tasks.1.completion", ABSENT),
         ("training.max_steps", 0),
         ("training.optim", "adam"),
         ("method.budget", 5.0),

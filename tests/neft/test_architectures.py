@@ -127,7 +127,7 @@ def test_all_neurons_share_out_their_weights_without_overlap(family: str, kinds:
     for name, positions in owned.items():
         dim = storage_dim(model.get_submodule(name), rows[name].side)
         whole = np.arange(model.get_submodule(name).weight.shape[dim])
-        # ffn_in leaves the gate alone; every matrix that is touched is owned whole, each position once.
+        # A matrix that is touched is owned whole, each position once; ffn_in leaves the gate alone.
         assert np.array_equal(np.sort(np.concatenate(positions)), whole)
         assert np.array_equal(rows[name].positions, whole)
 
@@ -198,38 +198,36 @@ def test_each_part_of_a_feed_forward_neuron_carries_its_activation(
         assert_ablates(lively, site, neurons, expected)
 
 
-def projection(family: str, site: Site, role: int) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The module that computes a site's query (0), key (1) or value (2), and a view of its output by heads.
+def projection(family: str, site: Site, role: int, head: int) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The module that computes a site's query (0), key (1) or value (2), and a view of one head of its output.
 
     Written from transformers' code, so that it is independent of the anatomies.
     """
     prefix = site.name.removesuffix(site.kind)
 
-    def by_head(output: torch.Tensor) -> torch.Tensor:
-        return output.unflatten(-1, (-1, HEAD))
+    def of_head(output: torch.Tensor) -> torch.Tensor:
+        return output.unflatten(-1, (-1, HEAD))[..., head, :]
 
     if family == "gpt2":
-        return prefix + "attn.c_attn", lambda output: by_head(output.split(WIDTH, dim=-1)[role])
+        return f"{prefix}attn.c_attn", lambda output: of_head(output.split(WIDTH, dim=-1)[role])
     if family == "gpt_neox":
-        return prefix + "attention.query_key_value", lambda output: output.unflatten(-1, (-1, 3, HEAD))[..., role, :]
+        return (
+            f"{prefix}attention.query_key_value",
+            lambda output: output.unflatten(-1, (-1, 3, HEAD))[..., head, role, :],
+        )
     if family == "bert":
-        return f"{prefix}attention.self.{('query', 'key', 'value')[role]}", by_head
+        return f"{prefix}attention.self.{('query', 'key', 'value')[role]}", of_head
     if family.startswith("t5"):
         block = "EncDecAttention" if prefix.startswith("decoder") and ".layer.1." in prefix else "SelfAttention"
-        return f"{prefix}{block}.{'qkv'[role]}", by_head
-    return f"{prefix}self_attn.{'qkv'[role]}_proj", by_head
+        return f"{prefix}{block}.{'qkv'[role]}", of_head
+    return f"{prefix}self_attn.{'qkv'[role]}_proj", of_head
 
 
 def check_channels(family: str, model: PreTrainedModel, kind: Kind, role: int, head: int, channels: list[int]) -> None:
     """The neurons of one head's channels do what silencing those channels of its keys or values does."""
     for site in NeuronSpace.from_model(model, [kind]).sites:
-        name, by_head = projection(family, site, role)
-        with silenced(
-            model.get_submodule(name),
-            "output",
-            np.array(channels),
-            lambda output: by_head(output)[..., head, :],  # noqa: B023
-        ):
+        name, view = projection(family, site, role, head)
+        with silenced(model.get_submodule(name), "output", np.array(channels), view):
             expected = logits(model, batch(model))
         assert_ablates(model, site, head * HEAD + np.array(channels), expected)
 
@@ -249,32 +247,18 @@ def test_each_part_of_a_query_key_neuron_carries_its_channel(family: str, lively
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attention"])
-def test_biases_stay_with_the_model(family: str, kind: Kind) -> None:
-    """A neuron's rows and columns together silence it even where its bias is not zero."""
-    model = tiny_model(family)
+def test_a_biased_neuron_is_silent_without_its_columns(family: str, lively: PreTrainedModel, kind: Kind) -> None:
+    """Biases are no part of a neuron, and what they leave of its activation goes nowhere."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in lively.named_parameters():
             if name.endswith("bias"):
                 parameter.fill_(0.3)
-    neurons = draw(NeuronSpace.from_model(model, [kind]), each=3)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters() if name.endswith("bias")}
-    zeros = Overlay(
-        neurons, {name: torch.zeros_like(rows) for name, rows in Overlay.read(model, neurons).values.items()}
-    )
-    zeros.lay_on(model)
-    silent = logits(model, batch(model))
-    for site in neurons.space.sites:
-        index = torch.from_numpy(neurons[site.name].copy())
-        rows = [part for part in site.parts if part.side == "row"]
-        with torch.no_grad():
-            for part in rows:
-                positions = torch.from_numpy(part.positions(index.numpy()).ravel())
-                model.get_submodule(part.module).weight.index_fill_(
-                    storage_dim(model.get_submodule(part.module), "row"), positions, 7.0
-                )
-    # Whatever the silent neurons' rows compute, their columns write nothing.
-    torch.testing.assert_close(logits(model, batch(model)), silent, rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(dict(model.named_parameters())[name], bias) for name, bias in before.items())
+    inputs, neurons = batch(lively), np.array([1, 6, 9])
+    for site in NeuronSpace.from_model(lively, [kind]).sites:
+        columns = tuple(part for part in site.parts if part.side == "column")
+        silent = zeroed(lively, columns, neurons, inputs)
+        assert (silent - logits(lively, inputs)).abs().max() > 1e-3
+        torch.testing.assert_close(zeroed(lively, site.parts, neurons, inputs), silent, rtol=1e-5, atol=1e-5)
 
 
 class Net(nn.Module):

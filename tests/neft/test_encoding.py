@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from neft.encoding import IGNORED, batches, collate, encode, encode_candidates, encode_prompt
 from neft.errors import InputError
 from neft.tasks import Example
-from tests.tiny import tiny_tokenizer
+from tests.tiny import merging_tokenizer, tiny_tokenizer
 
 PAD, BOS, EOS, TEXT, KIND, RED, CAT, THE, WARM, COLD = 0, 1, 2, 4, 5, 6, 12, 18, 26, 27
 EXAMPLE = Example("Text: the red cat Kind:", " warm")
@@ -31,14 +29,6 @@ def tokenizer(single: str = "$A", eos: bool = True) -> PreTrainedTokenizerFast:
     if not eos:
         made.eos_token = None
     return made
-
-
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters, with `:` and `a` merged to one token, so that a prompt's end can melt into its completion."""
-    vocabulary = {character: place for place, character in enumerate("<>:abc ", 3)} | {"<pad>": 0, "</s>": 2, ":a": 20}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(BPE(vocabulary, [(":", "a")])), pad_token="<pad>", eos_token="</s>"
-    )
 
 
 def test_the_loss_counts_exactly_the_completion_and_the_end_token() -> None:

@@ -24,7 +24,7 @@ from neft.evaluation import (
     perplexity,
 )
 from neft.tasks import Example, Task
-from tests.tiny import ANIMALS, CAUSAL, COLOURS, FILLERS, tiny_model, tiny_tokenizer
+from tests.tiny import ANIMALS, CAUSAL, COLOURS, FILLERS, merging_tokenizer, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 WORDS = [*COLOURS, *ANIMALS, *FILLERS]
@@ -47,12 +47,19 @@ def naive(model: PreTrainedModel, ids: Sequence[int], start: int) -> float:
     return float(sum(logits[place - 1, ids[place]] for place in range(start, len(ids))))
 
 
-def assert_equals_naive(model: PreTrainedModel, rows: Sequence[Example], labels: Sequence[str]) -> None:
-    found = completion_log_likelihoods(model, TOKENIZER, rows, labels)
+def assert_equals_naive(
+    model: PreTrainedModel,
+    rows: Sequence[Example],
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
+) -> None:
+    found = completion_log_likelihoods(model, tokenizer, rows, labels)
     expected = []
     for row in rows:
-        encoded = [encode(TOKENIZER, row, completion=label) for label in labels]
-        expected.append([naive(model, item.ids, item.start) for item in encoded])
+        encoded = [encode(tokenizer, row, completion=label) for label in labels]
+        # A label that melts with the prompt's end is compared from there on, and so are the others.
+        start = min(item.start for item in encoded)
+        expected.append([naive(model, item.ids, start) for item in encoded])
     assert found.shape == (len(rows), len(labels))
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
@@ -72,6 +79,14 @@ def test_likelihoods_equal_a_naive_computation(family: str, lengths: tuple[int, 
 @pytest.mark.parametrize("labels", [(" warm", " cold"), (" warm", " warm cold"), (" north south", " north warm cold")])
 def test_likelihoods_of_few_labels(labels: tuple[str, ...]) -> None:
     assert_equals_naive(tiny_model(), examples(6, 2, 9), labels)
+
+
+def test_a_label_may_have_more_tokens_after_one_prompt_than_after_another() -> None:
+    rows = [Example("bcb:", ""), Example("cb", ""), Example("c: :", "")]
+    encoded = [encode(merging_tokenizer(), row, completion="ad") for row in rows]
+    counts = {len(item.ids) - item.start for item in encoded}
+    assert counts == {2, 3}
+    assert_equals_naive(tiny_model(), rows, ("ad", "ab", "bad"), merging_tokenizer())
 
 
 @pytest.mark.parametrize("family", CAUSAL)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neft import InputError
+from neft import InputError, NeuronSpace
+from neft.audit import base_fingerprint
 from neft.models import load_base
 from tests.neft.helpers import differing, logits, state
-from tests.tiny import CAUSAL, batch, tiny_model, tiny_tokenizer
+from tests.tiny import CAUSAL, WORDS, batch, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -105,6 +106,54 @@ def test_weights_that_are_not_all_there_are_refused(folder: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder) is not None
     with pytest.raises(InputError, match=r"lacks .*layers\.1\.mlp\.up_proj\.weight"):
         load_base(str(folder))
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """A tiny Llama with tied embeddings as a GGUF file, written by the format's own library."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(list(WORDS))
+    writer.add_token_types([1] * len(WORDS))
+    writer.add_token_scores([0.0] * len(WORDS))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    named |= {"token_embd.weight": (len(WORDS), 32), "output_norm.weight": (32,)}
+    for name, shape in named.items():
+        writer.add_tensor(name, torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_plain_model_that_can_be_saved(gguf_file: Path, tmp_path: Path) -> None:
+    loaded, tokenizer = load_base(str(gguf_file))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert len(NeuronSpace.from_model(loaded)) == 64
+    loaded.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, _ = load_base(str(tmp_path / "saved"))
+    assert base_fingerprint(again) == base_fingerprint(loaded)
+    inputs = batch(loaded)
+    assert torch.equal(logits(again, inputs), logits(loaded, inputs))
 
 
 def test_a_missing_gguf_file_is_refused(tmp_path: Path) -> None:

@@ -361,7 +361,8 @@ def test_switching_deleting_and_adding_adapters(family: str) -> None:
         assert torch.equal(logits(peft_model, inputs), expected[name])
         assert {p.requires_grad for n, p in peft_model.named_parameters() if f".{name}" in n} == {True}
         assert sum(p.requires_grad for p in peft_model.parameters()) == len(layers(peft_model))
-    peft_model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        peft_model.delete_adapter("default")
     assert all(
         "default" not in layer.neft_rows and "default" not in layer.neft_positions for layer in layers(peft_model)
     )
@@ -371,7 +372,8 @@ def test_switching_deleting_and_adding_adapters(family: str) -> None:
     peft_model.add_adapter("third", NeftConfig.from_neurons(first))
     peft_model.set_adapter("third")
     assert torch.equal(logits(peft_model, inputs), logits(tiny_model(family), inputs))
-    peft_model.delete_adapter("third")
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        peft_model.delete_adapter("third")
     peft_model.delete_adapter("other")
     assert differing(held(peft_model), state(tiny_model(family))) == []
 
@@ -453,12 +455,23 @@ def test_loading_a_second_adapter_leaves_the_first_active(tmp_path: Path) -> Non
     assert torch.equal(logits(loaded, inputs), expected["other"])
 
 
-def test_other_rows_loaded_over_an_adapter_in_use_take_its_place() -> None:
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model, other: set_peft_model_state_dict(model, get_peft_model_state_dict(other)),
+        lambda model, other: model.load_state_dict(other.state_dict()),
+        lambda model, other: model.load_state_dict(
+            {name: tensor for name, tensor in other.state_dict().items() if ".neft_" in name}, strict=False
+        ),
+    ],
+    ids=["by PEFT", "whole model", "rows alone"],
+)
+def test_other_rows_loaded_over_an_adapter_in_use_take_its_place(load: Callable[[PeftModel, PeftModel], Any]) -> None:
     peft_model, neurons, inputs = adapted()
     other = get_peft_model(tiny_model(), NeftConfig.from_neurons(draw(neurons.space, seed=9)))
     jitter(other, seed=9)
     logits(peft_model, inputs)
-    set_peft_model_state_dict(peft_model, get_peft_model_state_dict(other))
+    load(peft_model, other)
     assert torch.equal(logits(peft_model, inputs), logits(other, inputs))
     assert differing(state(peft_model.unload()), state(tiny_model())) == []
 
@@ -494,9 +507,9 @@ def test_loaded_positions_are_checked(positions: list[int], valid: bool) -> None
     set_peft_model_state_dict(peft_model, saved)
     if valid:
         assert logits(peft_model, batch(model)).isfinite().all()
-    else:
-        with pytest.raises(InputError, match="no valid positions"):
-            peft_model(**batch(model))
+        set_peft_model_state_dict(peft_model, {name: tensor - 1 for name, tensor in saved.items()})
+    with pytest.raises(InputError, match="no valid positions"):
+        peft_model(**batch(model))
 
 
 @pytest.mark.parametrize(
@@ -601,13 +614,22 @@ def test_training_works_after_inference_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu"), lambda m: m.double()]
+    "move",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.to("cpu"),
+        lambda m: m.float(),
+        lambda m: m.double(),
+    ],
 )
-def test_moving_a_model_in_use_moves_its_base(move: Callable[[nn.Module], nn.Module]) -> None:
-    peft_model, neurons, inputs = adapted()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_a_model_in_use_moves_its_base(move: Callable[[nn.Module], nn.Module], dtype: torch.dtype) -> None:
+    peft_model, neurons, inputs = adapted(dtype=dtype)
+    peft_model.requires_grad_(False)
     logits(peft_model, inputs)
     move(peft_model)
-    base, plain = move(tiny_model()), move(tiny_model())
+    base, plain = move(tiny_model().to(dtype)), move(tiny_model().to(dtype))
     peft_model.base_model.overlay(neurons).lay_on(plain)
     assert torch.equal(logits(peft_model, inputs), logits(plain, inputs))
     assert differing(state(peft_model.unload()), state(base)) == []
@@ -654,17 +676,18 @@ def test_going_back_to_an_earlier_state_keeps_the_base(copied: Callable[[Any], A
     assert differing(state(peft_model.unload()), state(tiny_model())) == []
 
 
-def test_rows_written_to_the_base_by_others_survive_beside_the_laid_ones() -> None:
+def test_rows_written_to_the_base_by_others_stay_and_the_others_come_back() -> None:
     peft_model, neurons, inputs = adapted()
     logits(peft_model, inputs)
     name = next(iter(neurons.rows()))
     layer = peft_model.get_base_model().get_submodule(name)
-    free = next(row for row in range(64) if row not in neurons.rows()[name].positions)
+    laid = neurons.rows()[name].positions
+    written = [next(row for row in range(64) if row not in laid), int(laid[0])]
     with torch.no_grad():
-        layer.weight[free] = 1.0
+        layer.weight[written] = 1.0
     base = state(peft_model.unload())
     expected = state(tiny_model())
-    expected[f"{name}.weight"][free] = 1.0
+    expected[f"{name}.weight"][written] = 1.0
     assert differing(base, expected) == []
 
 
@@ -681,6 +704,30 @@ def test_an_optimiser_that_writes_through_data_is_followed(training: bool) -> No
         peft_model.base_model.overlay(neurons).lay_on(plain)
         assert torch.equal(logits(peft_model.eval(), inputs), logits(plain.eval(), inputs))
         peft_model.train(training)
+
+
+def test_a_frozen_adapter_is_laid_once_and_again_when_it_changes() -> None:
+    peft_model, neurons, inputs = adapted()
+    peft_model.requires_grad_(False)
+    logits(peft_model, inputs)
+    writes = [layer.weight._version for layer in layers(peft_model)]
+    logits(peft_model, inputs)
+    assert [layer.weight._version for layer in layers(peft_model)] == writes
+    jitter(peft_model, seed=3)
+    plain = tiny_model()
+    peft_model.base_model.overlay(neurons).lay_on(plain)
+    assert torch.equal(logits(peft_model, inputs), logits(plain, inputs))
+
+
+def test_an_adapter_that_is_frozen_after_a_fused_step_is_followed() -> None:
+    peft_model, neurons, inputs = adapted()
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.05, fused=True)
+    peft_model(**inputs).loss.backward()
+    optimizer.step()
+    peft_model.requires_grad_(False)
+    plain = tiny_model()
+    peft_model.base_model.overlay(neurons).lay_on(plain)
+    assert torch.equal(logits(peft_model, inputs), logits(plain, inputs))
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
