@@ -228,5 +228,16 @@ def main() -> None:
     except NeftError as error:
         if _debug:
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"neft: {error}", markup=False)
+        _complain(str(error))
         sys.exit(error.exit_code)
+    except Exception as error:
+        # The last place to say it in; --debug shows where it came from.
+        if _debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        _complain(f"unexpected {type(error).__name__}: {reason}; run again with --debug to see where, and report it")
+        sys.exit(1)
+
+
+def _complain(sentence: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"neft: {sentence}", markup=False)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -79,7 +80,8 @@ class Tracker:
         return self.run_id
 
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
-        own = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "neft", "neft.code_version": version("neft")}
+        # The context adds the user and, in a git checkout, the commit.
+        own = resolve_tags() | {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "neft", "neft.code_version": version("neft")}
         # Over HTTP MLflow takes text alone as a tag's value.
         texts = {key: str(value) for key, value in (own | dict(tags)).items()}
         return self._client.create_run(self.experiment_id, tags=texts).info.run_id

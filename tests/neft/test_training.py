@@ -75,16 +75,18 @@ def whole(**changes: Any) -> tuple[PreTrainedModel, TrainingResult]:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[list[tuple[bool, torch.Tensor, torch.Tensor]]]:
-    """(training, input_ids, labels) of each pass through the model's backbone, labels from the loss's own call."""
+def watched() -> Iterator[list[tuple[bool, torch.Tensor, torch.Tensor]]]:
+    """(training, input_ids, labels) of each batch that a loss is computed of."""
     seen: list[tuple[bool, torch.Tensor, torch.Tensor]] = []
+    real = training._CompletionTrainer.compute_loss
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((module.training, kwargs["input_ids"].clone(), kwargs["labels"].clone()))
+    def look(self: Any, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        seen.append((model.training, inputs["input_ids"].clone(), inputs["labels"].clone()))
+        return real(self, model, inputs, *rest, **named)
 
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    yield seen
-    handle.remove()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._CompletionTrainer, "compute_loss", look)
+        yield seen
 
 
 def rows_of(seen: list[tuple[bool, torch.Tensor, torch.Tensor]], training: bool = True) -> set[tuple[Any, ...]]:
@@ -114,7 +116,7 @@ def test_every_setting_is_one_of_sft_config() -> None:
 @pytest.mark.parametrize("max_length", [32, 5])
 def test_the_trainer_is_given_every_row_as_it_was_encoded(max_length: int) -> None:
     model = tiny_model()
-    with watched(model) as seen:
+    with watched() as seen:
         train(model, TOKENIZER, TASK, spec(max_steps=3, max_length=max_length), 0)
     assert rows_of(seen) == encoded_rows(max_length=max_length)
     for _, ids, labels in seen:
@@ -168,7 +170,7 @@ def test_steps_are_counted_by_max_steps_or_epochs(changes: dict[str, Any], steps
 
 def test_packing_puts_several_rows_in_one_sequence_and_counts_the_same_tokens() -> None:
     model = tiny_model()
-    with watched(model) as seen:
+    with watched() as seen:
         result = train(model, TOKENIZER, TASK, spec(packing=True, max_steps=None, num_train_epochs=1), 0)
     counted = sum(int((labels != IGNORED).sum()) for _, _, labels in seen)
     assert counted == sum(len([label for label in labels if label != IGNORED]) for _, labels in encoded_rows())
@@ -316,7 +318,7 @@ def test_early_stopping_keeps_the_best_and_never_trains_on_the_rows_it_looks_at(
         validation_fraction=0.25,
     )
     task = replace(TASK, train=rows)
-    with watched(model) as seen:
+    with watched() as seen:
         result = train(
             learner,
             TOKENIZER,
@@ -388,7 +390,7 @@ def test_what_trl_refuses_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ValueError("Settings clash.\nA long explanation.")
 
-    monkeypatch.setattr(training, "SFTTrainer", refuse)
+    monkeypatch.setattr(training, "_CompletionTrainer", refuse)
     with pytest.raises(InputError, match=r"^training: Settings clash\.$"):
         train(tiny_model(), TOKENIZER, TASK, spec(), 0)
 
