@@ -10,7 +10,7 @@ DEMO := .neft/demo/manifest.json
 .PHONY: help
 help:
 	@echo "make demo          learn four real tasks in SmolLM2-135M and print what was forgotten (about 10 minutes, two cores)"
-	@echo "make demo-compare  the same stream by plain sequential fine-tuning and LoRA, beside it"
+	@echo "make demo-compare  the same stream by plain sequential fine-tuning, beside it"
 	@echo "make test          lint, types and the fast tests"
 	@echo "make test-slow     the tests on the real model and data"
 	@echo "make docs          write the generated pages of docs/ anew"
@@ -31,8 +31,7 @@ demo: demo-data
 demo-compare: demo
 	@$(BIN)/neft run configs/demo.yaml --set stream=demo-full --set method.baseline=full \
 		--set training.learning_rate=2.0e-5
-	@$(BIN)/neft run configs/demo.yaml --set stream=demo-lora --set method.baseline=lora
-	@$(BIN)/neft report demo demo-full demo-lora
+	@$(BIN)/neft report demo demo-full
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
 PICTURE = ROOT / "docs" / "images" / "demo-r-matrix.png"
 PAGE = ROOT / "docs" / "demo.md"
-STREAMS = ("demo", "demo-full", "demo-lora")
+STREAMS = ("demo", "demo-full")
 
 _HEAD = """# The demo stream
 
@@ -36,8 +36,8 @@ that the road works; it is no comparison of methods.
 
 SmolLM2-135M-Instruct learns four tasks one after another. `demo` trains, for each task, a tenth of the feed-forward
 neurons, chosen by the `taylor` scorer among those that no earlier task owns. `demo-full` trains every weight (plain
-sequential fine-tuning), `demo-lora` a LoRA adapter that is merged after each task. Neither keeps data of earlier tasks,
-nor is told which task an example belongs to.
+sequential fine-tuning, at a learning rate of its own). Neither keeps data of earlier tasks, nor is told which task an
+example belongs to.
 """
 
 
@@ -62,9 +62,8 @@ def record() -> None:
 def _kept(run: Any) -> dict[str, Any]:
     """A run's report without what belongs to one machine's store."""
     described = as_json(run)
-    seconds = (run.finished_at - run.started_at).total_seconds()
     left_out = ("tracking", "mlflow_run_id", "run", "error", "started_at", "finished_at")
-    return {key: value for key, value in described.items() if key not in left_out} | {"seconds": round(seconds, 1)}
+    return {key: value for key, value in described.items() if key not in left_out}
 
 
 def page() -> str:
@@ -98,7 +97,6 @@ def _metrics(runs: list[dict[str, Any]]) -> list[str]:
         if any(value is not None for value in values):
             shown = " | ".join("-" if value is None else f"{value:+.3f}" for value in values)
             lines.append(f"| {name} | {shown} | `{formula}` |")
-    lines.append("| seconds for the whole stream | " + " | ".join(f"{run['seconds']:.0f}" for run in runs) + " | |")
     return lines
 
 

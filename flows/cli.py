@@ -21,7 +21,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 registry_app = typer.Typer(no_args_is_help=True, help="Look up, and check out, what has been learnt.")
 app.add_typer(registry_app, name="registry")
 
-_OUT = Console(soft_wrap=True)
+# A file or a pipe has no width, and a table should not be cut for it.
+_OUT = Console(width=None if sys.stdout.isatty() else 160)
 _debug = False
 
 
