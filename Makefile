@@ -2,12 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-DEMO := .neft/demo/manifest.json
 
-.PHONY: demo demo-compare demo-data test test-slow lint docs clean
+.PHONY: help demo demo-compare demo-data test test-slow lint docs
 .DEFAULT_GOAL := help
 
-.PHONY: help
 help:
 	@echo "make demo          learn four real tasks in SmolLM2-135M and print what was forgotten (about 10 minutes, two cores)"
 	@echo "make demo-compare  the same stream by plain sequential fine-tuning, beside it"

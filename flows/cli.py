@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -12,10 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.environment import silence_telemetry
 from neft.errors import InputError, NeftError
 
 if TYPE_CHECKING:
-    from registry import Registry
+    from registry import Registry, Run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, help=__doc__)
 registry_app = typer.Typer(no_args_is_help=True, help="Look up, and check out, what has been learnt.")
@@ -35,6 +37,9 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", callback=_set_debug)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Name or fingerprint of the base model, if the task was learnt on several.")
+]
 Location = Annotated[
     Path | None, typer.Option("--registry", help="Folder of the registry; default: the one in neft's home.")
 ]
@@ -52,14 +57,21 @@ def run(
 
     Example: neft run configs/demo.yaml --set training.max_steps=20
     """
+    from flows import report as reports
     from flows.config import load_config
     from flows.launch import run_stream
 
     parsed = load_config(config, overrides or ())
-    run_stream(parsed, debug)
+    try:
+        run_id = run_stream(parsed, debug)
+    except KeyboardInterrupt as stop:
+        _complain("stopped; run the same command again to go on")
+        raise typer.Exit(130) from stop
     location = parsed.registry.location
-    _print_report([parsed.stream], location, as_json=False)
-    _print_directions(parsed.stream, location)
+    with _registry(location) as registry:
+        found = registry.run(run_id)
+    _OUT.print(reports.as_table([found]))
+    _print_directions(found, location)
 
 
 @app.command()
@@ -114,6 +126,7 @@ def list_entries(
 @registry_app.command()
 def show(
     task: Annotated[str, typer.Argument(help="A task, or a version of it: TASK@2.", show_default=False)],
+    base_model: BaseModel = None,
     json_: Json = False,
     location: Location = None,
     debug: Debug = False,
@@ -123,7 +136,7 @@ def show(
     Example: neft registry show bbc-topic
     """
     with _registry(location) as registry:
-        entry = registry.get(task)
+        entry = registry.get(task, base_model=base_model)
         neurons = registry.neurons(entry)
     sites = {name: len(indices) for name, indices in neurons.indices.items()}
     described = entry.to_dict() | {"sites": sites}
@@ -141,6 +154,7 @@ def checkout(
     task: Annotated[str, typer.Argument(help="A task, or a version of it: TASK@2.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder to write the model to; must not exist.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="Where the base model is now, if it has moved.")] = None,
+    base_model: BaseModel = None,
     json_: Json = False,
     location: Location = None,
     debug: Debug = False,
@@ -154,7 +168,7 @@ def checkout(
     from neft.files import written_folder
 
     with _registry(location) as registry:
-        entry = registry.get(task)
+        entry = registry.get(task, base_model=base_model)
         model, tokenizer = registry.checkout(entry, base=base)
         with written_folder(to) as folder:
             model.save_pretrained(folder)
@@ -199,22 +213,23 @@ def _draw(stream: str, location: Path | None, path: Path) -> None:
     heatmap(matrix, f"R matrix of {stream}").savefig(path, dpi=120)
 
 
-def _print_directions(stream: str, location: Path | None) -> None:
+def _print_directions(run: Run, location: Path | None) -> None:
     """Where to look next."""
-    with _registry(location) as registry:
-        found = registry.newest_run(stream)
-        entries = registry.list(stream)
-    tracking = dict(found.tracking or {})
-    uri, experiment = tracking.get("uri", ""), tracking.get("experiment_id", "")
-    view = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART"
-    lines = ["", "Look further:", f"  neft report {stream} --json"]
-    if entries:
-        task = entries[-1].task
-        lines += ["  neft registry list", f"  neft registry checkout {task} --to models/after-{task}"]
-    if uri.startswith("sqlite"):
-        lines += [f"  mlflow ui --backend-store-uri {uri}", f"    then open http://127.0.0.1:5000{view}"]
-    else:
+    tracking = dict(run.tracking or {})
+    uri = tracking.get("uri", "")
+    view = f"/#/experiments/{tracking.get('experiment_id', '')}/runs?compareRunsMode=CHART"
+    where = f" --registry {location}" if location else ""
+    # `make` does not put the virtual environment on the path.
+    folder = "" if shutil.which("neft") else f"{Path(sys.argv[0]).parent}/"
+    lines = ["", "Look further:", f"  {folder}neft report {run.stream} --json{where}"]
+    if entries := tracking.get("entries"):
+        entry = entries[-1]
+        lines += [f"  {folder}neft registry list{where}"]
+        lines += [f"  {folder}neft registry checkout {entry} --to models/{entry.replace('@', '-')}{where}"]
+    if uri.startswith(("http://", "https://")):
         lines += [f"  {uri.rstrip('/')}{view}"]
+    else:
+        lines += [f"  {folder}mlflow ui --backend-store-uri {uri}", f"    then open http://127.0.0.1:5000{view}"]
     _OUT.print("\n".join(lines), highlight=False, markup=False)
 
 
@@ -224,6 +239,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command line; a mistake or a failure is one sentence on standard error, exit code 2 or 1."""
+    silence_telemetry()
     try:
         app()
     except NeftError as error:
@@ -231,6 +247,11 @@ def main() -> None:
             raise
         _complain(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if _debug:
+            raise
+        _complain(f"{error}; free some space or mend what it names, and run the same command again to go on")
+        sys.exit(1)
     except Exception as error:
         # The last place to say it in; --debug shows where it came from.
         if _debug:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import TYPE_CHECKING
 
-import httpx
-
-from flows.config import StreamConfig
 from flows.home import Home
 from neft.errors import FailedError, InputError
+
+if TYPE_CHECKING:
+    from flows.config import StreamConfig
 
 _NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -33,10 +34,12 @@ def prepare(config: StreamConfig, home: Home, debug: bool = False) -> None:
         raise FailedError(
             f"neft's home {home.path} cannot be made: {error}; set NEFT_HOME to another folder"
         ) from error
-    os.environ.update(_NO_TELEMETRY)
+    silence_telemetry()
     os.environ.setdefault("PREFECT_HOME", str(home.prefect))
     # A first start makes the ephemeral server's database, which takes longer than Prefect waits by default.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # By default MLflow's client is silent for minutes before it gives up.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     if not debug:
         # Failures are said once, by the command line; Prefect's own lines still reach its server.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -50,6 +53,11 @@ def prepare(config: StreamConfig, home: Home, debug: bool = False) -> None:
         check_server("MLflow", "tracking.mlflow (or MLFLOW_TRACKING_URI)", uri)
 
 
+def silence_telemetry() -> None:
+    """Nothing about a run leaves the machine."""
+    os.environ.update(_NO_TELEMETRY)
+
+
 def mlflow_uri(config: StreamConfig, home: Home) -> str:
     """The config's tracking URI, else the environment's, else the store in `home`."""
     return config.tracking.mlflow or os.environ.get("MLFLOW_TRACKING_URI") or home.mlflow_uri
@@ -61,9 +69,13 @@ def check_server(server: str, key: str, url: str) -> None:
         InputError: `url` is none.
         FailedError: nothing answers there.
     """
+    import httpx
+
     try:
         answer = httpx.get(f"{url.rstrip('/')}/health", timeout=5)
-        answer.raise_for_status()
+        # A server that asks for a login, or keeps its health elsewhere, is up.
+        if answer.is_server_error:
+            answer.raise_for_status()
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise InputError(f"{key}: {url!r} is no URL; give one such as http://127.0.0.1:4200/api") from error
     except httpx.HTTPError as error:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from filelock import FileLock, Timeout
 
 from flows.config import StreamConfig
 from flows.environment import prepare
 from flows.home import Home
+from neft.errors import FailedError
 
 
 def run_stream(config: StreamConfig, debug: bool = False) -> int:
@@ -17,11 +23,42 @@ def run_stream(config: StreamConfig, debug: bool = False) -> int:
         InputError: the config or the data are at fault.
         FailedError: a server, a file or the training failed; what is recorded stays.
     """
-    prepare(config, Home.find(), debug)
+    home = Home.find()
+    prepare(config, home, debug)
     from flows.stream import learn_stream
 
-    with _without_heartbeat():
-        return learn_stream(config.stream, config.model_dump(mode="json"))
+    folder = config.registry.location or home.registry
+    with _alone(config.stream, folder), _without_heartbeat():
+        try:
+            return learn_stream(config.stream, config.model_dump(mode="json"))
+        except httpx.HTTPError as error:
+            server = os.environ.get("PREFECT_API_URL", "the ephemeral server of this run")
+            raise FailedError(
+                f"Prefect ({server}) failed: {error or type(error).__name__}; run the same command again to go on"
+            ) from error
+
+
+@contextlib.contextmanager
+def _alone(stream: str, folder: Path) -> Iterator[None]:
+    """One run of a stream at a time; the lock is the operating system's, which frees it when its holder is killed.
+
+    Raises:
+        FailedError: another run of this stream is going on, or the folder cannot be written.
+    """
+    lock = FileLock(folder / f".{stream}.lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise FailedError(
+            f"another run of stream {stream!r} is going on in {folder}; wait for it, or end it first"
+        ) from error
+    except OSError as error:
+        raise FailedError(f"registry folder {folder} cannot be written: {error}; choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

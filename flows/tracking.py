@@ -6,7 +6,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -67,13 +67,25 @@ class Tracker:
                 f"MLflow at {self.uri} failed: {reason}; mend it and run again, what is recorded is not learnt again"
             ) from error
 
-    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], resumed: str | None = None) -> str:
-        """Begin the parent run, or go on with the one that was left unfinished."""
+    def start(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        resumed: str | None = None,
+        recorded: Set[str] = frozenset(),
+    ) -> str:
+        """Begin the parent run, or go on with the one that was left unfinished.
+
+        Args:
+            resumed: the run to go on with, if it is still there and of this experiment.
+            recorded: runs of tasks that are recorded, and so are kept.
+        """
         with self._said():
-            if resumed is not None:
+            if resumed is not None and self._is_ours(resumed):
                 self.run_id = resumed
                 self._client.update_run(self.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-                self._drop_unfinished_tasks()
+                self._drop_torn_tasks(recorded)
             else:
                 self.run_id = self._create(name, tags)
                 self._log_params(self.run_id, params)
@@ -86,13 +98,24 @@ class Tracker:
         texts = {key: str(value) for key, value in (own | dict(tags)).items()}
         return self._client.create_run(self.experiment_id, tags=texts).info.run_id
 
-    def _drop_unfinished_tasks(self) -> None:
-        """A task that was cut off is learnt anew in a child run of its own; the torn one would stand beside it."""
-        children = self._client.search_runs(
-            [self.experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}' AND attributes.status != 'FINISHED'"
-        )
+    def _is_ours(self, run_id: str) -> bool:
+        return bool(self._client.search_runs([self.experiment_id], f"attributes.run_id = '{run_id}'"))
+
+    def _drop_torn_tasks(self, recorded: Set[str]) -> None:
+        """A task that is not recorded is learnt anew in a child run of its own; the old one would stand beside it."""
+        children = self._client.search_runs([self.experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'")
         for child in children:
-            self._client.delete_run(child.info.run_id)
+            if child.info.run_id not in recorded:
+                self._client.delete_run(child.info.run_id)
+
+    def close_recorded(self, run_id: str | None) -> None:
+        """End the run of a task that was recorded, if the process was killed before it could."""
+        with self._said():
+            left = self._client.search_runs(
+                [self.experiment_id], f"attributes.run_id = '{run_id}' AND attributes.status != 'FINISHED'"
+            )
+        for run in left:
+            self.finish(run.info.run_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         self._client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
@@ -151,11 +174,6 @@ class Tracker:
         status = RunStatus.FINISHED if finished else RunStatus.FAILED
         with self._said():
             self._client.set_terminated(run_id, RunStatus.to_string(status))
-
-    @property
-    def link(self) -> str:
-        """Path, on the MLflow server, of the view that overlays the experiment's runs."""
-        return f"/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART"
 
 
 def _dataset(name: str, fingerprint: str, context: str) -> DatasetInput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,8 +23,8 @@ from flows.progress import say
 from flows.tracking import Tracker, library_versions
 from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
 from neft.baselines import BASELINES
-from neft.encoding import batches
-from neft.errors import FailedError
+from neft.encoding import batches, tokenizer_fingerprint
+from neft.errors import FailedError, InputError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
 from neft.models import load_base
@@ -79,7 +81,6 @@ class Workbench:
         self.matrix: AccuracyMatrix
         self.general: list[dict[str, float]] = []
         self.chain: list[Entry] = []
-        self.reused_scores = 0
         self._work: Work | None = None
 
     # Before the first task
@@ -90,6 +91,8 @@ class Workbench:
         self.tasks = tuple(load_task(spec, self.config.seed) for spec in self.config.tasks)
         self.probes = load_probes(self.config.evaluation)
         self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
+        self._check_lengths()
+        nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
         self.base = base_fingerprint(self.model)
         self.state = state_digest(self.model)
@@ -100,6 +103,23 @@ class Workbench:
             f"loaded {self.config.model.name} ({self.space.model_parameters:,} parameters, {len(self.space):,} neurons "
             f"in {len(self.space.sites)} sites) and {len(self.tasks)} tasks in {time.perf_counter() - start:.1f} s"
         )
+        majorities = [f"{task.name} {task.majority:.3f}" for task in self.tasks if task.majority is not None]
+        if majorities:
+            say(f"always answering the commonest label scores: {', '.join(majorities)}")
+
+    def _check_lengths(self) -> None:
+        """
+        Raises:
+            InputError: prompts and answers may be longer than the model has positions for.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        lengths = {
+            "training.max_length": self.config.training.max_length,
+            "evaluation.max_length": self.config.evaluation.max_length or 0,
+        }
+        for key, length in lengths.items():
+            if positions is not None and length > positions:
+                raise InputError(f"{key} is {length}, but the model has {positions} positions; lower it to that")
 
     @property
     def config_digest(self) -> str:
@@ -107,6 +127,8 @@ class Workbench:
         return digest(
             {
                 "base": self.base,
+                "space": self.space.fingerprint,
+                "tokenizer": tokenizer_fingerprint(self.tokenizer),
                 "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in self.tasks],
                 "method": self._method(),
                 "training": self._training(),
@@ -140,39 +162,37 @@ class Workbench:
             self.space.model_parameters,
         )
         left = self.registry.unfinished_run(stream, identity)
-        known = left is not None and left.mlflow_run_id and (left.tracking or {}).get("uri") == self.tracker.uri
-        run_id = self.tracker.start(
-            stream, self._params(), self._tags(), resumed=left.mlflow_run_id if left and known else None
-        )
-        tracking = {"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id}
-        if left is None:
-            self.run = self.registry.start_run(
-                stream=stream,
-                config_digest=identity,
-                config=self.config.model_dump(mode="json"),
-                tasks=[task.name for task in self.tasks],
-                mlflow_run_id=run_id,
-                tracking=tracking,
-                prefect_flow_run_id=self.flow_run_id,
-            )
-        else:
+        if left is not None:
             say(f"going on with run {left.id} of stream {stream!r}, which stopped before its end")
-            self.run = self.registry.update_run(
-                left.id,
-                status="running",
-                mlflow_run_id=run_id,
-                tracking=tracking,
-                prefect_flow_run_id=self.flow_run_id,
-            )
+        # The registry comes first: an MLflow run that it does not know would stay open for ever.
+        self.run = left or self.registry.start_run(
+            stream=stream,
+            config_digest=identity,
+            config=self.config.model_dump(mode="json"),
+            tasks=[task.name for task in self.tasks],
+        )
+        recorded = {entry.mlflow_run_id for entry in self.registry.list(stream) if entry.mlflow_run_id}
+        run_id = self.tracker.start(
+            stream, self._params(), self._tags(), left.mlflow_run_id if left else None, recorded
+        )
+        self.run = self.registry.update_run(
+            self.run.id,
+            status="running",
+            mlflow_run_id=run_id,
+            tracking={"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id},
+            prefect_flow_run_id=self.flow_run_id,
+        )
         return True
 
     def _params(self) -> dict[str, Any]:
         method = self._method()
         named = {f"method.{key}": value for key, value in method.items()}
         named |= {f"training.{key}": value for key, value in self._training().items()}
+        named |= {f"evaluation.{key}": value for key, value in self._evaluation().items()}
         return named | {
             "stream": self.config.stream,
-            "model": self.config.model.name,
+            "model.name": self.config.model.name,
+            "model.dtype": self.config.model.dtype,
             "tasks": ", ".join(task.name for task in self.tasks),
             "seed": self.config.seed,
         }
@@ -200,6 +220,8 @@ class Workbench:
         task = self.tasks[position]
         inputs = {
             "base": self.base,
+            "space": self.space.fingerprint,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "parent": self.state,
             "task": task.name,
             "data": task.train_fingerprint,
@@ -215,14 +237,23 @@ class Workbench:
         entry = None if self.config.method.baseline else self.registry.find(work.input_digest)
         if entry is None:
             return False
-        self.registry.overlay(entry).lay_on(self.model)
+        try:
+            # The neuron file is read too: a later task's protection needs it.
+            self.registry.neurons(entry)
+            self.registry.overlay(entry).lay_on(self.model)
+        except FailedError as error:
+            say(f"{self._head()} {error}")
+            say(f"{self._head()} learning it again, which writes the same files")
+            return False
         self.state = state_digest(self.model)
         if self.state != entry.state_digest:
             raise FailedError(
-                f"entry {entry.reference} does not give back the state it was recorded with; run `neft registry "
-                f"checkout {entry.reference}` to see what is damaged"
+                f"entry {entry.reference} does not give back the state it was recorded with: "
+                f"{self.state[:12]} instead of {entry.state_digest[:12]}; use another NEFT_HOME and "
+                "report this as a bug"
             )
         self.chain.append(entry)
+        self.tracker.close_recorded(entry.mlflow_run_id)
         say(f"{self._head()} recorded as {entry.reference}, not learnt again")
         return True
 
@@ -244,10 +275,13 @@ class Workbench:
         work = self.work
         start = time.perf_counter()
         scorer = build("scorer", SCORERS, self.config.method.scorer)
-        examples = work.task.train[: self.config.method.scoring_examples] if scorer.needs_data else ()
+        # Drawn by seed, since a file may be sorted by label; another seed for each task, or chance would repeat itself.
+        seed = int(digest([self.config.seed, work.task.name])[:8], 16)
+        count = min(self.config.method.scoring_examples, len(work.task.train)) if scorer.needs_data else 0
+        examples = random.Random(seed).sample(work.task.train, count)
         size, length = self.config.training.per_device_train_batch_size, self.config.training.max_length
         read = list(batches(self.tokenizer, examples, size, length))
-        work.scores = scorer.score(self.model, self.space, read, self.config.seed)
+        work.scores = scorer.score(self.model, self.space, read, seed)
         seconds = time.perf_counter() - start
         self.tracker.log(work.run_id, {"scoring/seconds": seconds, "scoring/examples": len(examples)}, 0)
         say(f"{self._head()} scored {len(self.space):,} neurons by {scorer.name} in {seconds:.1f} s")
@@ -363,13 +397,10 @@ class Workbench:
         return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens)
 
     def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], tuple[float, int]]) -> float:
-        """A score of this very state on this very data: from this stream's ledger if it is there, else measured."""
-        identity = digest(
-            [self.config.stream, fingerprint, metric, self._evaluation(), self.config.training.max_length]
-        )
+        """A score of this very state on this very data: measured, unless this run did so before it was interrupted."""
+        identity = digest([self.run.id, fingerprint, metric, self._evaluation(), self.config.training.max_length])
         known = self.registry.evaluation(self.state, identity)
         if known is not None:
-            self.reused_scores += 1
             return known.value
         start = time.perf_counter()
         value, examples = measure()
@@ -448,24 +479,23 @@ class Workbench:
         self.tracker.log_figure(heatmap(self.matrix, f"R matrix of {self.config.stream}"), "r_matrix.png")
         self.tracker.tag(
             self.tracker.run_id,
-            {
-                "neft.entries": ", ".join(entry.reference for entry in self.chain),
-                "neft.scores_from_earlier_runs": str(self.reused_scores),
-            },
+            {"neft.entries": ", ".join(entry.reference for entry in self.chain)},
         )
-        self.run = self.registry.update_run(self.run.id, status="finished")
+        # The registry comes last: a run that it calls finished is never opened again.
         self.tracker.finish(self.tracker.run_id)
+        tracking = {**(self.run.tracking or {}), "entries": [entry.reference for entry in self.chain]}
+        self.run = self.registry.update_run(self.run.id, status="finished", tracking=tracking)
 
     def fail(self, error: BaseException) -> None:
         """Leave every record of the run in a truthful state; it goes on from there when it is started again."""
         reason = str(error).strip() or type(error).__name__
-        self.registry.update_run(self.run.id, status="failed", error=reason[:2000])
         open_runs = [self.tracker.run_id] if self._work is None else [self._work.run_id, self.tracker.run_id]
         try:
+            self.registry.update_run(self.run.id, status="failed", error=reason[:2000])
             for run_id in filter(None, open_runs):
                 self.tracker.finish(run_id, finished=False)
         except FailedError as second:
-            # The first failure is the one to report; this one only leaves MLflow's own record open.
+            # The first failure is the one to report; this one only leaves a record open.
             say(str(second))
 
 

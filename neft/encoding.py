@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -27,6 +29,17 @@ class Encoded:
     def labels(self) -> list[int]:
         """Ids of the completion, `IGNORED` for the prompt."""
         return [IGNORED] * self.start + list(self.ids[self.start :])
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides how text becomes token ids: vocabulary, rules, special tokens and chat template."""
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    described = [
+        rules.to_str() if rules is not None else sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def encode(

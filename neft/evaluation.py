@@ -279,4 +279,7 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probe: Prob
                 count += chunk.shape[1] - 1
     finally:
         model.train(training)
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf

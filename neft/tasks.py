@@ -256,12 +256,12 @@ def _read_files(where: str, paths: Sequence[Path]) -> list[Row]:
 
 def _read_hub(spec: TaskSpec, part: Part) -> Dataset:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     split = getattr(spec.data.split or Split(), part)
     try:
         return load_dataset(spec.data.hub, spec.data.config, split=split)
-    except (DatasetNotFoundError, ValueError) as error:
+    except (DatasetsError, ValueError, RuntimeError) as error:
         raise InputError(
             f"task {spec.name!r}: data.hub {spec.data.hub!r} (config {spec.data.config!r}, split {split!r}) "
             f"cannot be loaded: {str(error).strip().splitlines()[0]}"

@@ -237,7 +237,7 @@ def _arguments(spec: TrainingSpec, seed: int, folder: Path) -> SFTConfig:
             "metric_for_best_model": "eval_loss",
             "per_device_eval_batch_size": spec.per_device_train_batch_size,
         }
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=spec.max_steps or -1,
         seed=seed,
@@ -249,6 +249,9 @@ def _arguments(spec: TrainingSpec, seed: int, folder: Path) -> SFTConfig:
         **spec.model_dump(exclude=_OURS),
         **watched,
     )
+    # With several devices in one process the trainer would copy the model (nn.DataParallel), and the layers' state.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _check_finite(model: nn.Module, task: Task, loss: float) -> None:

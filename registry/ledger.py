@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from neft.errors import InputError, nearest
+from neft.errors import FailedError, InputError, nearest
 from registry.database import Database
 from registry.queries import evaluation_row, newest_run_row, stream_names
 from registry.records import Evaluation, Run, Status, plain
@@ -48,10 +48,10 @@ class Ledger:
             details: whatever else is worth keeping, as JSON.
 
         Raises:
-            InputError: the value is not finite.
+            FailedError: the value is not finite.
         """
         if not math.isfinite(value):
-            raise InputError(f"{metric} of task {task!r} is {value}, not a finite number; the model may have diverged")
+            raise FailedError(f"{metric} of task {task!r} is {value}, not a finite number; the model may have diverged")
 
         def work(session: Session) -> Evaluation:
             row = evaluation_row(session, state_digest, data_digest)
@@ -166,6 +166,18 @@ class Ledger:
     def finished_run(self, stream: str, config_digest: str) -> Run | None:
         """The newest finished run of this config."""
         return self._newest(stream, config_digest, "finished")
+
+    def run(self, run_id: int) -> Run:
+        """The run of that id.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._database.reading() as session:
+            row = session.get(RunRow, run_id)
+            if row is None:
+                raise InputError(f"no run {run_id} in the registry; start one first")
+            return Run.from_row(row)
 
     def newest_run(self, stream: str) -> Run:
         """The newest run of a stream, finished or not.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from mlflow.entities import ViewType
 
 from flows import workbench
@@ -165,6 +166,44 @@ def test_the_same_config_gives_the_same_weights(learnt: Learnt, tmp_path: Path) 
     with other.registry() as registry:
         assert registry.get("colours").version == 2
         assert registry.get("colours@1").state_digest != registry.get("colours@2").state_digest
+
+
+def test_a_damaged_overlay_is_learnt_again_to_the_same_bytes(
+    tmp_path: Path, prefect_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = learn(write_stream(tmp_path, tasks=1), tmp_path / "home")
+    with first.registry() as registry:
+        entry = registry.get("colours")
+    file = next(first.home.registry.rglob(f"{entry.overlay_file.sha256}*"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    capsys.readouterr()
+    learn(write_stream(tmp_path, tasks=2), tmp_path / "home")
+    assert "learning it again" in capsys.readouterr().err
+    assert file.read_bytes() == whole
+    with first.registry() as registry:
+        assert [entry.reference for entry in registry.list()] == ["colours@1", "animals@1"]
+        assert state_digest(registry.checkout("animals")[0]) == registry.get("animals").state_digest
+
+
+def test_two_runs_of_a_stream_at_once_are_refused(stream: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("registry").mkdir()
+    with (
+        FileLock(tmp_path / "registry" / ".tiny.lock"),
+        pytest.raises(FailedError, match="another run of stream 'tiny'"),
+    ):
+        learn(stream, tmp_path)
+
+
+def test_another_description_of_the_neurons_is_another_run(
+    stream: Path, tmp_path: Path, prefect_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn(stream, tmp_path, "training.max_steps=1")
+    ungated = "model.neurons={ffn: [{up: mlp.up_proj, down: mlp.down_proj}]}"
+    other = learn(stream, tmp_path, "training.max_steps=1", ungated)
+    with other.registry() as registry:
+        assert registry.get("colours").version == 2
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("baseline", ["full", "lora"])

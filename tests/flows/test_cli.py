@@ -130,6 +130,15 @@ def test_debug_shows_the_traceback(tmp_path: Path, home: Path, neft: Neft) -> No
         neft("run", tmp_path / "gone.yaml", "--debug")
 
 
+def test_a_stream_that_was_learnt_before_prints_its_own_numbers(
+    stream: Path, home: Path, neft: Neft, prefect_server: None
+) -> None:
+    short = ("--set", "training.max_steps=1")
+    first = neft("run", stream, *short)
+    assert neft("run", stream).out != first.out
+    assert neft("run", stream, *short).out == first.out
+
+
 def test_report_as_json_has_the_matrix_and_a_formula_for_every_metric(at_home: Learnt, neft: Neft) -> None:
     outcome = neft("report", "tiny", "--json")
     described = json.loads(outcome.out)

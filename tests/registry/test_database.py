@@ -309,6 +309,8 @@ def test_four_processes_record_at_once(folder, base, tmp_path, new_pupil):
         for step in range(5):
             mine.record(replace(new, input_digest=f"{worker}-{step}"))
         mine.record(replace(new, input_digest="all record this one"))
+        mine.close()
+        os._exit(0)  # threads that other tests started in the parent are not here, and their exit handlers would fail
 
     processes = [FORK.Process(target=work, args=(worker,)) for worker in range(4)]
     for process in processes:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from neft.errors import InputError
+from neft.errors import FailedError, InputError
 from registry import Registry
 
 EVALUATION = {
@@ -41,7 +41,7 @@ def test_an_evaluation_of_another_state_is_another(registry):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_refused(registry, value):
-    with pytest.raises(InputError, match="accuracy of task 'sst2' is"):
+    with pytest.raises(FailedError, match="accuracy of task 'sst2' is"):
         registry.record_evaluation(**EVALUATION | {"value": value})
     assert registry.evaluation("state", "data") is None
 
