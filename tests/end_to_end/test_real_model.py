@@ -38,9 +38,8 @@ def demo_data() -> None:
 
 @pytest.fixture(scope="module")
 def film() -> Task:
-    """The first demo task, with its first 40 evaluation rows."""
-    spec = load_config(CONFIG, ["tasks.0.data.limit={eval: 40}"]).tasks[0]
-    return load_task(spec)
+    """The first demo task; its hundred evaluation rows are half of either label."""
+    return load_task(load_config(CONFIG).tasks[0])
 
 
 def test_the_space_is_that_of_smollm2(film: Task) -> None:
@@ -74,7 +73,7 @@ def test_a_task_is_learnt_and_nothing_else_moves(film: Task) -> None:
     assert state_digest(model) == base
     before = overlay.lay_on(model)
     assert audit.compare(model).identical
-    assert evaluate(model, tokenizer, film, EvaluationSpec(max_length=128)).value > (film.majority or 1) + 0.1
+    assert evaluate(model, tokenizer, film, EvaluationSpec(max_length=128)).value > (film.majority or 1) + 0.15
     before.lay_on(model)
     assert state_digest(model) == base
 
