@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -62,11 +64,8 @@ def run(
     from flows.launch import run_stream
 
     parsed = load_config(config, overrides or ())
-    try:
-        run_id = run_stream(parsed, debug)
-    except KeyboardInterrupt as stop:
-        _complain("stopped; run the same command again to go on")
-        raise typer.Exit(130) from stop
+    signal.signal(signal.SIGINT, _stop)
+    run_id = run_stream(parsed, debug)
     location = parsed.registry.location
     with _registry(location) as registry:
         found = registry.run(run_id)
@@ -177,6 +176,15 @@ def checkout(
         _print_json({"entry": entry.reference, "folder": str(to), "state_digest": entry.state_digest})
         return
     _OUT.print(f"{entry.reference}: the model after it is in {to}, bit for bit (state {entry.state_digest[:12]})")
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Ctrl-C ends Prefect's ephemeral server too, and reporting to it would wait for minutes: leave at once, as a kill
+    would. A stream goes on from there all the same."""
+    _complain("stopped; run the same command again to go on")
+    if "PREFECT_API_URL" in os.environ:
+        raise KeyboardInterrupt
+    os._exit(130)
 
 
 def _registry(location: Path | None) -> closing[Registry]:
