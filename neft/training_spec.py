@@ -32,7 +32,6 @@ class TrainingSpec(Spec):
     optim: str = Field("adamw_torch", description="optimiser, by its name in transformers")
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="label smoothing")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings (NEFTune)")
-    dataloader_num_workers: int = Field(0, ge=0, description="processes that load batches")
     torch_compile: bool = Field(False, description="compile the model")
     logging_steps: int = Field(5, gt=0, description="steps between points of the training curves")
     early_stopping_patience: int | None = Field(
