@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import Literal, cast
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,10 +18,29 @@ from neft.neurons import ModuleRows, NeuronSet, NeuronSpace, Side, matrix_shape
 
 _FILE_KIND = "neft-overlay"
 
+#: What becomes of rows that several overlays or adapters have, when they are united.
+Shared = Literal["error", "last", "mean", "sum"]
+
 
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A linear module's weight, as it is stored."""
     return cast(torch.Tensor, module.weight)
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The values of a linear module's weight; a copy, dequantised, where it is stored quantised."""
+    return cast(torch.Tensor, dequantize_module_weight(module)).detach()
+
+
+def dense_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of `dense_weight(module)`."""
+    weight = weight_of(module)
+    return weight.dtype if weight.is_floating_point() else dense_weight(module).dtype
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weight is stored as it is, so that rows can be written into it: not quantised, not sharded."""
+    return type(weight_of(module)) in (torch.Tensor, nn.Parameter)
 
 
 def storage_dim(module: nn.Module, side: Side) -> int:
@@ -31,7 +51,7 @@ def storage_dim(module: nn.Module, side: Side) -> int:
 def read_rows(module: nn.Module, side: Side, index: torch.Tensor) -> torch.Tensor:
     """A copy of the rows or columns `index` (k,) of a module's weight: (k, d), each one neuron's vector."""
     dim = storage_dim(module, side)
-    picked = weight_of(module).detach().index_select(dim, index)
+    picked = dense_weight(module).index_select(dim, index)
     return picked if dim == 0 else picked.T.contiguous()
 
 
@@ -40,7 +60,52 @@ def write_rows(module: nn.Module, side: Side, index: torch.Tensor, values: torch
     """Write `values` (k, d) over the rows or columns `index` (k,) of a module's weight, in the weight's dtype."""
     dim, weight = storage_dim(module, side), weight_of(module)
     values = values.to(device=weight.device, dtype=weight.dtype)
-    weight.index_copy_(dim, index, values if dim == 0 else values.T)
+    # Columns lie apart in memory: turning the values first halves the time of writing them.
+    weight.index_copy_(dim, index, values if dim == 0 else values.T.contiguous())
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter or overlay makes of a weight: its rows (k, d) at `positions` (k,), taken `weight` times."""
+
+    positions: torch.Tensor
+    rows: torch.Tensor
+    weight: float = 1.0
+
+
+def unite(
+    changes: Sequence[Change], shared: Shared, originals: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several changes of the same weight as one: sorted positions (u,) and rows (u, d).
+
+    Rows that one change alone has, with weight 1, are taken over bit for bit. A weight w stands for the row
+    `base + w (row - base)`, as task arithmetic has it (arXiv 2212.04089).
+
+    Args:
+        shared: what becomes of a row that several have: `error`, the `last` one's, their `mean`, or the base's row and
+            the `sum` of what each changes in it.
+        originals: the base's rows (n, d) at given positions (n,).
+
+    Raises:
+        InputError: `shared` is `error`, and there are such rows.
+    """
+    positions, owners = torch.cat([change.positions for change in changes]).unique(sorted=True, return_counts=True)
+    many = owners > 1
+    if shared == "error" and bool(many.any()):
+        raise InputError(f"{int(many.sum())} rows belong to several; name what becomes of them: last, mean or sum")
+    base = originals(positions).double()
+    rows, total = torch.empty_like(base), torch.zeros_like(base)
+    for change in changes:
+        place = torch.searchsorted(positions, change.positions)
+        values = change.rows.detach().double()
+        if change.weight != 1.0:
+            values = base[place] + change.weight * (values - base[place])
+        rows[place] = values
+        total[place] += values - base[place]
+    if shared in ("mean", "sum"):
+        divisor = owners[many, None] if shared == "mean" else 1
+        rows[many] = base[many] + total[many] / divisor
+    return positions, rows
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from neft.errors import InputError
+from neft.errors import InputError, nearest
 from neft.neurons import ModuleRows, NeuronSet
+from neft.tuner.layer import Path
 
 
 @dataclass
@@ -26,6 +27,13 @@ class NeftConfig(PeftConfig):
     columns: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Module name -> number of trained columns (inputs) of its weight."}
     )
+    path: str = field(
+        default="inplace",
+        metadata={
+            "help": "`inplace`: the rows live in the base weight, as fast as it is. `side`: the base weight is not "
+            "touched and the change is added to its output, for weights that are quantised or sharded."
+        },
+    )
     space: str | None = field(
         default=None, metadata={"help": "Fingerprint of the neuron space that the neurons belong to."}
     )
@@ -39,13 +47,15 @@ class NeftConfig(PeftConfig):
         self.target_modules = set(self.rows) | set(self.columns)
         # Which rows and columns: known when built from a neuron set, read from the saved adapter otherwise.
         self.positions: dict[str, ModuleRows] = {}
+        if self.path not in get_args(Path):
+            raise InputError(f"NeftConfig: unknown path {self.path!r}; {nearest(self.path, get_args(Path))}")
         both = sorted(set(self.rows) & set(self.columns))
         if both:
             raise InputError(f"NeftConfig: module {both[0]!r} stands under both `rows` and `columns`; choose one")
 
     @classmethod
     def from_neurons(cls, neurons: NeuronSet, **options: Any) -> NeftConfig:
-        """The configuration that trains exactly `neurons`; `options` are PEFT's own (`task_type`, ...).
+        """The configuration that trains exactly `neurons`; `options` are the other fields (`path`, `task_type`, ...).
 
         Raises:
             InputError: the set is empty.

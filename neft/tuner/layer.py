@@ -1,24 +1,32 @@
 """NeftLayer: a linear layer whose chosen rows or columns are compact trainable parameters.
 
-The chosen rows live in the base weight while the adapter is in use, so that forward is one dense product; what they
-replaced is kept aside and copied back, so that the base returns bit for bit. Backward computes the gradient of the
-chosen rows alone: no dense weight gradient exists, and of the input only what that gradient needs is saved.
+On the `inplace` path the chosen rows live in the base weight while the adapter is in use, so that forward is one dense
+product; what they replaced is kept aside and copied back, so that the base returns bit for bit. On the `side` path the
+base weight is never written and what the rows change is added to its output, which also serves weights that are
+quantised or sharded, and batches whose examples have an adapter each.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from neft.errors import InputError
 from neft.neurons import ModuleRows, Side, matrix_shape
-from neft.overlay import read_rows, storage_dim, weight_of, write_rows
+from neft.overlay import dense_dtype, is_plain, read_rows, storage_dim, weight_of, write_rows
+from neft.tuner.inplace import InplaceLinear, TracedLinear, columns
+
+#: How an adapter's rows take part in forward.
+Path = Literal["inplace", "side"]
+
+#: Name, in `adapter_names`, of the model without any adapter.
+BASE = "__base__"
 
 
 class _Version(NamedTuple):
@@ -37,67 +45,20 @@ class _Laid(NamedTuple):
     originals: torch.Tensor
 
 
-class _NeuronLinear(torch.autograd.Function):
-    """y = x W^T + b with the adapters' rows in W; gradients for x and for those rows only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layer: NeftLinear, adapters: tuple[str, ...], *rows: torch.Tensor
-    ) -> torch.Tensor:
-        layer.lay(adapters)
-        result = layer.dense(x)
-        trained = [name for name, wanted in zip(adapters, ctx.needs_input_grad[3:], strict=True) if wanted]
-        # A row's gradient needs the whole input, a column's only the inputs that the chosen columns read.
-        whole = any(layer.sides[name] == "row" for name in trained)
-        kept = [
-            x.detach().index_select(-1, layer.neft_positions[name]) for name in trained if layer.sides[name] == "column"
-        ]
-        ctx.save_for_backward(*rows, *([x] if whole else []), *kept)
-        ctx.layer, ctx.adapters, ctx.trained, ctx.whole = layer, adapters, trained, whole
-        ctx.x_dtype = x.dtype
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer, count = ctx.layer, len(ctx.adapters)
-        saved = list(ctx.saved_tensors)
-        rows, saved = saved[:count], saved[count:]
-        whole: torch.Tensor | None = saved.pop(0) if ctx.whole else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            # Another forward may have laid other rows since: the gradient is that of this forward's weight.
-            now = layer.laid
-            if now != ctx.adapters:
-                layer.lay(ctx.adapters)
-            grad_x = layer.dense_input_gradient(grad).to(ctx.x_dtype)
-            if now != ctx.adapters:
-                layer.lay(now)
-        flat = grad.reshape(-1, grad.shape[-1])
-        gradients: list[torch.Tensor | None] = []
-        for name, values in zip(ctx.adapters, rows, strict=True):
-            if name not in ctx.trained:
-                gradients.append(None)
-            elif whole is not None and layer.sides[name] == "row":
-                inputs = whole.reshape(-1, whole.shape[-1]).to(grad.dtype)
-                gradients.append((flat.index_select(1, layer.neft_positions[name]).T @ inputs).to(values.dtype))
-            else:
-                inputs = saved.pop(0)
-                inputs = inputs.reshape(-1, inputs.shape[-1]).to(grad.dtype)
-                gradients.append((inputs.T @ flat).to(values.dtype))
-        return grad_x, None, None, *gradients
-
-
 class NeftLayer(BaseTunerLayer):
     """State of the chosen rows: compact parameters, their positions, and what is laid in the base weight now."""
 
     adapter_layer_names = ("neft_rows",)
-    other_param_names = ("neft_positions", "sides")
+    other_param_names = ("neft_positions", "neft_originals", "sides")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, path: Path = "inplace", **kwargs: Any) -> None:
         self.base_layer = base_layer
+        self.path = path
         self.neft_rows = nn.ParameterDict({})
         self.neft_positions = BufferDict({}, persistent=True)
+        # The base's own rows, which the side path takes the adapter's change from; read when first needed.
+        self.neft_originals = BufferDict({}, persistent=False)
+        self._originals_version: dict[str, tuple[int, int]] = {}
         self.sides: dict[str, Side] = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -118,23 +79,37 @@ class NeftLayer(BaseTunerLayer):
     ) -> None:
         """Add an adapter of `count` rows or columns; without `chosen`, a saved adapter is to be loaded into it."""
         self.restore()
-        weight = weight_of(self.get_base_layer())
+        base = self.get_base_layer()
+        if self.path == "inplace":
+            self._check_writable()
         length = self.out_features if side == "row" else self.in_features
         if not 0 < count <= length:
             raise InputError(f"adapter {adapter_name!r} trains {count} {side}s of a module that has {length}")
         width = self.in_features if side == "row" else self.out_features
         if chosen is None:
             positions = torch.full((count,), -1)
-            rows = torch.zeros(count, width, dtype=weight.dtype)
+            rows = torch.zeros(count, width, dtype=dense_dtype(base))
         else:
             positions = torch.from_numpy(chosen.positions.copy())
-            rows = read_rows(self.get_base_layer(), side, positions.to(weight.device))
+            rows = read_rows(base, side, positions.to(weight_of(base).device))
         self.sides[adapter_name] = side
         self.neft_positions[adapter_name] = positions
         self.neft_rows[adapter_name] = nn.Parameter(rows, requires_grad=True)
         self._checked.discard(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _check_writable(self) -> None:
+        """
+        Raises:
+            InputError: the base weight cannot hold rows.
+        """
+        base = self.get_base_layer()
+        if not is_plain(base):
+            raise InputError(
+                f"rows cannot be written into a weight stored as {type(weight_of(base)).__name__}; leave them beside "
+                "it with NeftConfig.from_neurons(..., path='side'), and do not merge"
+            )
 
     def _check(self, adapters: tuple[str, ...]) -> None:
         """
@@ -189,6 +164,35 @@ class NeftLayer(BaseTunerLayer):
             write_rows(base, side, positions, self.neft_rows[name].detach())
         self._weight_version = weight._version
 
+    def originals(self, adapter: str) -> torch.Tensor:
+        """What the base weight itself holds in the adapter's rows, (k, d), dequantised; merged rows count as base."""
+        if torch.compiler.is_compiling() and adapter in self.neft_originals:
+            return self.neft_originals[adapter]
+        base = self.get_base_layer()
+        weight = weight_of(base)
+        version = (weight.data_ptr(), weight._version)
+        if self._originals_version.get(adapter) != version or adapter not in self.neft_originals:
+            self._check((adapter,))
+            self.neft_originals[adapter] = self.base_rows(adapter, self.neft_positions[adapter])
+            self._originals_version[adapter] = (weight.data_ptr(), weight._version)
+        return self.neft_originals[adapter]
+
+    def base_rows(self, like: str, index: torch.Tensor) -> torch.Tensor:
+        """What the base weight itself holds at `index` (n,), rows or columns as adapter `like` has: (n, d)."""
+        self.restore()
+        return read_rows(self.get_base_layer(), self.sides[like], index)
+
+    def with_change(self, adapter: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The output `y` (..., out) of the base weight for `x` (..., in), with what the adapter's rows change in it."""
+        index, originals = self.neft_positions[adapter], self.originals(adapter)
+        # Rows are rounded to the weight's dtype first, as they are on the `inplace` path and in an overlay.
+        change = self.neft_rows[adapter].to(originals.dtype).float() - originals.float()
+        change = change.to(y.dtype)
+        x = x.to(y.dtype)
+        if self.sides[adapter] == "row":
+            return y.index_add(-1, index, x @ change.T)
+        return y + columns(x, index) @ change
+
     def _rows_version(self, adapter: str) -> _Version:
         rows = self.neft_rows[adapter]
         return _Version(rows.data_ptr(), rows._version, rows.requires_grad)
@@ -231,7 +235,7 @@ def _share(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 class NeftLinear(nn.Module, NeftLayer):
-    """A linear layer (`nn.Linear`, or GPT-2's `Conv1D`) with NEFT adapters."""
+    """A linear layer (`nn.Linear`, quantised ones too, or GPT-2's `Conv1D`) with NEFT adapters."""
 
     def __init__(
         self,
@@ -240,25 +244,68 @@ class NeftLinear(nn.Module, NeftLayer):
         side: Side,
         count: int,
         chosen: ModuleRows | None = None,
+        path: Path = "inplace",
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        NeftLayer.__init__(self, base_layer, **kwargs)
+        NeftLayer.__init__(self, base_layer, path, **kwargs)
         self._active_adapter = adapter_name
         self._merged_originals: list[tuple[str, torch.Tensor]] = []
         self.update_layer(adapter_name, side, count, chosen)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapter_names: Sequence[str] | None = None) -> torch.Tensor:
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters: tuple[str, ...] = ()
         if not self.disable_adapters and not self.merged:
             adapters = tuple(name for name in self.active_adapters if name in self.neft_rows)
+        if self.path == "side":
+            return self._beside(x, adapters)
         rows = [self.neft_rows[name] for name in adapters]
         if torch.is_grad_enabled() and (x.requires_grad or any(values.requires_grad for values in rows)):
-            return _NeuronLinear.apply(x, self, adapters, *rows)
+            if torch.compiler.is_compiling() and len(adapters) == 1 and self.laid == adapters:
+                return self._traced(x, *adapters)
+            return InplaceLinear.apply(x, self, adapters, *rows)
         self.lay(adapters)
         return self.dense(x)
+
+    def _beside(self, x: torch.Tensor, adapters: tuple[str, ...]) -> torch.Tensor:
+        if len(adapters) > 1:
+            self._check(adapters)
+        result = self.dense(x)
+        for name in adapters:
+            result = self.with_change(name, x, result)
+        return result
+
+    def _mixed(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Each example of the batch with its own adapter; `__base__` is the model without any."""
+        if self.merged:
+            raise InputError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+        # Some models flatten batch and tokens before the feed-forward block.
+        examples = x.unflatten(0, (len(adapter_names), -1)) if x.ndim == 2 else x
+        if len(examples) != len(adapter_names):
+            raise InputError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(examples)}; give one per example"
+            )
+        self.restore()
+        result = self.dense(examples)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.neft_rows:
+                mine = torch.tensor([place for place, other in enumerate(adapter_names) if other == name]).to(x.device)
+                changed = self.with_change(name, examples[mine], result[mine])
+                result = result.index_copy(0, mine, changed)
+        return result.reshape(*x.shape[:-1], -1)
+
+    def _traced(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """Forward as `torch.compile` sees it, once the adapter has been laid on: no state but tensors."""
+        base = self.get_base_layer()
+        weight, rows, index = weight_of(base), self.neft_rows[adapter], self.neft_positions[adapter]
+        with torch.no_grad():
+            write_rows(base, self.sides[adapter], index, rows)
+        matrix = weight if storage_dim(base, "row") == 0 else weight.T
+        return TracedLinear.apply(x, matrix, base.bias, rows, index, self.sides[adapter])
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's own product, with what its weight holds now."""
@@ -275,12 +322,13 @@ class NeftLinear(nn.Module, NeftLayer):
         """Write the adapters' rows into the base weight to stay, until `unmerge`.
 
         Raises:
-            InputError: two of the adapters train the same weights.
+            InputError: two of the adapters train the same weights, or the weight is quantised or sharded.
             ValueError: with `safe_merge`, rows that are not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.neft_rows]
         if not names:
             return
+        self._check_writable()
         self.restore()
         self._check((*self.merged_adapters, *names))
         for name in names:

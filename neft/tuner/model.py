@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast, get_args
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from neft.errors import InputError
-from neft.neurons import NeuronSet, Side
-from neft.overlay import Overlay
+from neft.errors import InputError, nearest
+from neft.neurons import ModuleRows, NeuronSet, Side
+from neft.overlay import Change, Overlay, Shared, dense_dtype, unite
 from neft.tuner.config import NeftConfig
-from neft.tuner.layer import NeftLinear
+from neft.tuner.layer import BASE, NeftLinear, Path
 
 
 class NeftModel(BaseTuner):
@@ -54,11 +58,16 @@ class NeftModel(BaseTuner):
         count = (config.rows if side == "row" else config.columns)[current_key]
         chosen = config.positions.get(current_key)
         if isinstance(target, NeftLinear):
+            if target.path != config.path:
+                raise InputError(
+                    f"adapter {adapter_name!r} has path {config.path!r}, but the model's layers run {target.path!r}; "
+                    "give all adapters of a model the same path"
+                )
             target.update_layer(adapter_name, side, count, chosen)
             if adapter_name not in self.active_adapters:
                 target.neft_rows[adapter_name].requires_grad_(False)
             return
-        layer = NeftLinear(target, adapter_name, side, count, chosen)
+        layer = NeftLinear(target, adapter_name, side, count, chosen, cast(Path, config.path))
         if adapter_name not in self.active_adapters:
             layer.neft_rows[adapter_name].requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -74,6 +83,107 @@ class NeftModel(BaseTuner):
             raise InputError(f"the model has no module {missing[0]!r}: the neurons belong to another model")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        adapter_name: str,
+        weights: Sequence[float] | None = None,
+        combination_type: Shared = "error",
+    ) -> None:
+        """Unite adapters into a new one, without training; rows that one alone trains are taken over bit for bit.
+
+        Args:
+            adapters: names of adapters of this model.
+            adapter_name: name of the new one; it is not made active.
+            weights: how many times each adapter's change is taken; once by default.
+            combination_type: what becomes of rows that several adapters train: `error`, the `last` one's, their
+                `mean`, or the base's row and the `sum` of what each changes in it.
+
+        Raises:
+            InputError: an unknown adapter or combination, a name that is taken, or, by `error`, shared rows.
+        """
+        weights = [1.0] * len(adapters) if weights is None else list(weights)
+        self._check_union(adapters, adapter_name, weights, combination_type)
+        united: dict[str, tuple[Side, torch.Tensor, torch.Tensor]] = {}
+        for name, layer in self._layers():
+            held = [(each, weight) for each, weight in zip(adapters, weights, strict=True) if each in layer.neft_rows]
+            if not held:
+                continue
+            sides = {layer.sides[each] for each, _ in held}
+            if len(sides) > 1:
+                raise InputError(f"module {name!r}: some of the adapters train its rows and some its columns")
+            changes = [Change(layer.neft_positions[each], layer.neft_rows[each], weight) for each, weight in held]
+            try:
+                united[name] = (sides.pop(), *unite(changes, combination_type, partial(layer.base_rows, held[0][0])))
+            except InputError as error:
+                raise InputError(f"module {name!r}: {error}") from error
+        self._add_united(adapter_name, cast(NeftConfig, self.peft_config[adapters[0]]), united)
+
+    def _check_union(
+        self, adapters: Sequence[str], adapter_name: str, weights: Sequence[float], combination_type: str
+    ) -> None:
+        if not adapters or len(weights) != len(adapters):
+            raise InputError(f"{len(weights)} weights for {len(adapters)} adapters; give at least one, and one each")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise InputError(f"unknown adapter {name!r}; {nearest(name, self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise InputError(f"there is an adapter {adapter_name!r} already; choose another name")
+        if combination_type not in get_args(Shared):
+            raise InputError(
+                f"unknown combination_type {combination_type!r}; {nearest(combination_type, get_args(Shared))}"
+            )
+
+    def _add_united(
+        self, adapter_name: str, like: NeftConfig, united: Mapping[str, tuple[Side, torch.Tensor, torch.Tensor]]
+    ) -> None:
+        config = replace(
+            like,
+            rows={name: len(index) for name, (side, index, _) in united.items() if side == "row"},
+            columns={name: len(index) for name, (side, index, _) in united.items() if side == "column"},
+        )
+        config.positions = {name: ModuleRows(side, index.cpu().numpy()) for name, (side, index, _) in united.items()}
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for name, layer in self._layers():
+            if name in united:
+                with torch.no_grad():
+                    layer.neft_rows[adapter_name].copy_(united[name][2])
+
+    def _layers(self) -> Iterator[tuple[str, NeftLinear]]:
+        """The NEFT layers, by the names that their modules have in the base model."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, NeftLinear):
+                yield name, module
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way of handing `adapter_names` of a mixed batch to the layers, in `forward` and `generate`."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        names = list(names)
+        if self.training:
+            raise InputError("adapter_names cannot be used while the model is in training mode; call eval() first")
+        for name in names:
+            if name != BASE and name not in self.peft_config:
+                raise InputError(
+                    f"unknown adapter {name!r} in adapter_names; {nearest(name, [*self.peft_config, BASE])}"
+                )
+        beams = kwargs.get("num_beams") or 1
+        handles = []
+        for name, layer in self._layers():
+            # Beam search repeats every example in a row; of an encoder-decoder model, the decoder's alone.
+            encoder = getattr(self.model.config, "is_encoder_decoder", False) and name.split(".")[0] == "encoder"
+            each = names if encoder else [name for name in names for _ in range(beams)]
+            handles.append(layer.register_forward_pre_hook(partial(_hand_over, each), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def overlay(self, neurons: NeuronSet, adapter_name: str = "default") -> Overlay:
         """The trained rows of `neurons`, in the dtype of the weights that they stand in.
 
@@ -88,5 +198,12 @@ class NeftModel(BaseTuner):
             positions = layer.neft_positions[adapter_name].cpu()
             if layer.sides[adapter_name] != rows.side or not torch.equal(positions, torch.from_numpy(rows.positions)):
                 raise InputError(f"adapter {adapter_name!r} trains other {rows.side}s of module {name!r}")
-            values[name] = layer.neft_rows[adapter_name].detach().to(layer.weight.dtype).cpu().clone()
+            dtype = dense_dtype(layer.get_base_layer())
+            values[name] = layer.neft_rows[adapter_name].detach().to(dtype).cpu().clone()
         return Overlay(neurons, values)
+
+
+def _hand_over(
+    adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}
