@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from neft.errors import FailedError, InputError
 from neft.neurons import NeuronSet, NeuronSpace, Site
@@ -80,6 +80,19 @@ class SelectionSpec(BaseModel):
         "per_site", description="`per_site`: every layer gets its share of the budget; `global`: one ranking for all"
     )
     threshold: float | None = Field(None, description="least score to be chosen, for `rule: threshold`")
+    lowest_layer: int | float = Field(
+        0,
+        description="lowest layer to choose from: its number, or how far up it stands (`0.5`: the upper half); the "
+        "budget stays what it is of the whole model, so 0.1 takes a fifth of the upper half's neurons",
+    )
+
+    @field_validator("lowest_layer", mode="before")
+    @classmethod
+    def _number_or_fraction(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not number and not (isinstance(value, float) and 0 <= value < 1):
+            raise ValueError("give a layer's number, from 0 up, or a fraction below 1 such as 0.5")
+        return value
 
     @model_validator(mode="after")
     def _threshold_given(self) -> Self:
@@ -87,12 +100,35 @@ class SelectionSpec(BaseModel):
             raise ValueError("`threshold` goes with `rule: threshold`, and only with it")
         return self
 
+    def sites(self, space: NeuronSpace) -> tuple[Site, ...]:
+        """The sites of `space` that may be chosen from: those from `lowest_layer` up, counted in each stack by itself.
+
+        Raises:
+            InputError: the model has no such layer.
+        """
+        depths: dict[str, int] = {}
+        for site in space.sites:
+            depths[site.stack] = max(depths.get(site.stack, 0), site.layer + 1)
+
+        def height(site: Site) -> float:
+            # Quotients are compared, not products: 3 / 30 is 0.1, but 0.1 * 30 is more than 3.
+            return site.layer if isinstance(self.lowest_layer, int) else site.layer / depths[site.stack]
+
+        allowed = tuple(site for site in space.sites if height(site) >= self.lowest_layer)
+        if not allowed:
+            raise InputError(
+                f"method.selection.lowest_layer {self.lowest_layer} leaves no layer to choose from; the highest layer "
+                f"with neurons is {max(depths.values()) - 1}"
+            )
+        return allowed
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen neurons, and what is worth saying about the choice (ties at the cut, a budget not spent)."""
+    """The chosen neurons, how many could be chosen, and what is worth saying (ties at the cut, a budget not spent)."""
 
     neurons: NeuronSet
+    free: int
     notes: tuple[str, ...]
 
 
@@ -104,20 +140,25 @@ def select(
 ) -> Selection:
     """Choose the highest-scored free neurons that the budget pays for.
 
-    Ties go to the earlier site and the lower index, so that the same scores always give the same set.
+    A neuron below the spec's `lowest_layer` is not free, whoever owns it. Ties go to the earlier site and the lower
+    index, so that the same scores always give the same set.
 
     Raises:
         FailedError: too few neurons are free, or none is chosen; says how many are free and what can be done.
-        InputError: the budget is larger than the space, or `free` belongs to another neuron space.
+        InputError: the budget is larger than the space, `free` belongs to another neuron space, or the model has no
+            layer as high as `lowest_layer`.
     """
     spec, space = spec or SelectionSpec(), scores.space
     free = space.all() if free is None else free
     free.check_space(space)
-    _check_size(budget, space)
+    allowed = spec.sites(space)
+    free = NeuronSet(space, {site.name: free[site.name] for site in allowed})
+    total = budget.total(space)
+    _check_size(budget, total, allowed, space)
     if spec.scope == "global":
-        groups = [(list(space.sites), budget.total(space))]
+        groups = [(list(allowed), total)]
     else:
-        groups = [([site], share) for site, share in _shares(space, budget)]
+        groups = [([site], share) for site, share in _shares(allowed, total, budget)]
     chosen: dict[str, NDArray[np.int64]] = {}
     notes: list[str] = []
     for sites, limit in groups:
@@ -128,18 +169,17 @@ def select(
     neurons = NeuronSet(space, chosen)
     if not neurons:
         raise FailedError(_nothing_chosen(scores, spec, free))
-    return Selection(neurons, tuple(notes))
+    return Selection(neurons, len(free), tuple(notes))
 
 
-def _shares(space: NeuronSpace, budget: Budget) -> list[tuple[Site, int]]:
+def _shares(sites: Sequence[Site], total: int, budget: Budget) -> list[tuple[Site, int]]:
     """Each site's share of the budget, in proportion to what its neurons cost, by largest remainder."""
-    total = budget.total(space)
-    weights = np.array([site.size * budget.cost(site) for site in space.sites], dtype=np.float64)
+    weights = np.array([site.size * budget.cost(site) for site in sites], dtype=np.float64)
     exact = total * weights / weights.sum()
     shares = np.floor(exact).astype(np.int64)
     for place in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
         shares[place] += 1
-    return [(site, int(share)) for site, share in zip(space.sites, shares, strict=True)]
+    return [(site, int(share)) for site, share in zip(sites, shares, strict=True)]
 
 
 def _best(
@@ -154,7 +194,7 @@ def _best(
     affordable = min(int(cost.sum()), limit)
     whole = sum(site.size * budget.cost(site) for site in sites)
     if cost.sum() < limit:
-        raise FailedError(_too_few(where, len(index), limit, whole, budget))
+        raise FailedError(_too_few(where, len(index), limit, whole, budget, spec))
     order = np.argsort(-value, kind="stable")
     taken = order[np.cumsum(cost[order]) <= affordable]
     notes = []
@@ -174,22 +214,26 @@ def _best(
     return {site.name: np.sort(index[taken[owner[taken] == place]]) for place, site in enumerate(sites)}, notes
 
 
-def _check_size(budget: Budget, space: NeuronSpace) -> None:
-    asked, whole = budget.total(space), len(space) if budget.neurons is not None else space.parameters
+def _check_size(budget: Budget, asked: int, allowed: Sequence[Site], space: NeuronSpace) -> None:
+    whole = sum(site.size * budget.cost(site) for site in allowed)
     if asked > whole:
         unit = "neurons" if budget.neurons is not None else "parameters in neurons"
+        restricted = len(allowed) < len(space.sites)
+        where = " in the layers from method.selection.lowest_layer up" if restricted else ""
+        remedy = "lower method.selection.lowest_layer" if restricted else "add kinds under method.kinds"
         raise InputError(
-            f"method.budget {budget.amount} asks for {asked} {unit}, but the model has {whole} of the chosen kinds; "
-            "lower it, or add kinds under method.kinds"
+            f"method.budget {budget.amount} asks for {asked} {unit}, but the model has {whole} of the chosen kinds"
+            f"{where}; lower it, or {remedy}"
         )
 
 
-def _too_few(where: str, free: int, limit: int, whole: int, budget: Budget) -> str:
+def _too_few(where: str, free: int, limit: int, whole: int, budget: Budget, spec: SelectionSpec) -> str:
     unit = "neurons" if budget.neurons is not None else "parameters' worth of neurons"
+    lower = f"lower method.selection.lowest_layer (now {spec.lowest_layer}), " if spec.lowest_layer else ""
     return (
         f"method.budget asks for {limit} {unit} in {where}, where {free} neurons are free (of {whole} {unit} in all; "
-        "earlier tasks own the rest): lower method.budget, set method.selection.scope to global, add kinds of neurons "
-        "under method.kinds, or let tasks share with method.protection: none"
+        f"method.protection keeps the rest): lower method.budget, {lower}set method.selection.scope to global, add "
+        "kinds of neurons under method.kinds, or take a policy that leaves more free, such as method.protection: none"
     )
 
 

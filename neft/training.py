@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from neft.encoding import IGNORED, encode
 from neft.errors import FailedError, InputError
+from neft.frozen_layers import FrozenLayers
 from neft.tasks import Example, Task
 from neft.training_spec import TrainingSpec
 
@@ -43,11 +44,12 @@ OnLog = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run did: optimiser steps, seconds, and the mean training loss."""
+    """What a training run did: optimiser steps, seconds, mean training loss, and bytes of hidden states kept."""
 
     steps: int
     seconds: float
     loss: float
+    cached_bytes: int = 0
 
 
 def train(
@@ -62,14 +64,16 @@ def train(
 
     Args:
         model: a PEFT model whose adapter is to be trained, or a plain model to train whole.
-        on_log: called with each point of the training curves.
+        on_log: called with each point of the training curves, and at the end with `cached_bytes`, if any are kept.
 
     Raises:
         FailedError: the loss or a trained parameter is not finite.
-        InputError: settings that TRL or transformers refuse.
+        InputError: settings that TRL or transformers refuse, or `cache_frozen_layers` for a model that has no frozen
+            layers below the trained ones, or drops out in them.
     """
     learner = cast(Model, model)
     training, validation = _split(task.train, spec, seed)
+    frozen = FrozenLayers(learner) if spec.cache_frozen_layers else None
     with tempfile.TemporaryDirectory(prefix="neft-training-") as folder, _as_configured(learner):
         callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
@@ -79,12 +83,14 @@ def train(
                 model=learner,
                 args=_arguments(spec, seed, Path(folder)),
                 train_dataset=_dataset(tokenizer, training, spec.max_length),
-                eval_dataset=_dataset(tokenizer, validation, spec.max_length) if validation else None,
+                eval_dataset=_dataset(tokenizer, validation, spec.max_length, len(training)) if validation else None,
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
         except ValueError as error:
             raise InputError(f"training: {str(error).strip().splitlines()[0]}") from error
+        if frozen is not None:
+            trainer.frozen, trainer.data_collator = frozen, _Numbered(trainer.data_collator)
         # The trainer's own bar also prints every log entry; ours does not.
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -92,7 +98,22 @@ def train(
         outcome = trainer.train()
         seconds = time.perf_counter() - start
     _check_finite(model, task, outcome.training_loss)
-    return TrainingResult(outcome.global_step, seconds, outcome.training_loss)
+    cached = frozen.bytes if frozen is not None else 0
+    if cached and on_log is not None:
+        on_log(outcome.global_step, {"cached_bytes": cached})
+    return TrainingResult(outcome.global_step, seconds, outcome.training_loss, cached)
+
+
+class _Numbered:
+    """TRL's collator, and beside its tensors the number and the length of each row's example."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        # Plain lists stay on the CPU, where they are read.
+        named = {"examples": [row["example"] for row in rows], "lengths": [len(row["input_ids"]) for row in rows]}
+        return self.collate(rows) | named
 
 
 class _CompletionTrainer(SFTTrainer):
@@ -102,7 +123,22 @@ class _CompletionTrainer(SFTTrainer):
     small model with a large vocabulary.
     """
 
+    #: The layers that need not run again for an example that was seen.
+    frozen: FrozenLayers | None = None
+
     def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if self.frozen is None:
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.frozen.batch(inputs.pop("examples"), inputs.pop("lengths")):
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -213,15 +249,22 @@ def _split(
     return tuple(examples[place] for place in order[count:]), tuple(examples[place] for place in order[:count])
 
 
-def _dataset(tokenizer: PreTrainedTokenizerBase, examples: tuple[Example, ...], max_length: int) -> Dataset:
+def _dataset(
+    tokenizer: PreTrainedTokenizerBase, examples: tuple[Example, ...], max_length: int, first: int = 0
+) -> Dataset:
+    """Rows of token ids, labels, and the example's number, from `first` up."""
     encoded = [encode(tokenizer, example, max_length) for example in examples]
     return Dataset.from_dict(
-        {"input_ids": [list(item.ids) for item in encoded], "labels": [item.labels for item in encoded]}
+        {
+            "input_ids": [list(item.ids) for item in encoded],
+            "labels": [item.labels for item in encoded],
+            "example": list(range(first, first + len(encoded))),
+        }
     )
 
 
 #: Fields of `TrainingSpec` that are not `SFTConfig`'s own, or need another word there.
-_OURS = {"early_stopping_patience", "eval_steps", "validation_fraction", "max_steps"}
+_OURS = {"early_stopping_patience", "eval_steps", "validation_fraction", "max_steps", "cache_frozen_layers"}
 
 
 def _arguments(spec: TrainingSpec, seed: int, folder: Path) -> SFTConfig:
@@ -245,6 +288,8 @@ def _arguments(spec: TrainingSpec, seed: int, folder: Path) -> SFTConfig:
         # A diverging loss must be seen, not averaged away.
         logging_nan_inf_filter=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # The examples' numbers are for our collator; TRL's takes what it knows.
+        remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),
         **spec.model_dump(exclude=_OURS),
         **watched,

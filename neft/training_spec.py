@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationInfo, field_validator
+from typing import Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -11,7 +13,7 @@ from neft.tasks import Spec
 
 
 class TrainingSpec(Spec):
-    """Masked SFT. Names and meanings are those of TRL's `SFTConfig`, early stopping's aside."""
+    """Masked SFT. Names and meanings are those of TRL's `SFTConfig`, caching's and early stopping's aside."""
 
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the data, when `max_steps` is not given")
     max_steps: int | None = Field(None, gt=0, description="optimiser steps, instead of epochs")
@@ -33,6 +35,11 @@ class TrainingSpec(Spec):
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="label smoothing")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings (NEFTune)")
     torch_compile: bool = Field(False, description="compile the model")
+    cache_frozen_layers: bool = Field(
+        False,
+        description="keep the hidden states that enter the lowest trained layer in memory, so that the layers below "
+        "run once for each example, not once an epoch (with `method.selection.lowest_layer`)",
+    )
     logging_steps: int = Field(5, gt=0, description="steps between points of the training curves")
     early_stopping_patience: int | None = Field(
         None, gt=0, description="stop after so many looks at held-out loss without a better one, and keep the best"
@@ -49,3 +56,15 @@ class TrainingSpec(Spec):
         if value not in known:
             raise ValueError(f"transformers has no {value!r}; {nearest(value, known)}")
         return value
+
+    @model_validator(mode="after")
+    def _constant_below(self) -> Self:
+        clashes = {
+            "packing": "mixes examples anew",
+            "neftune_noise_alpha": "changes what enters the layers",
+            "torch_compile": "fixes which layers run",
+        }
+        for name, reason in clashes.items():
+            if self.cache_frozen_layers and getattr(self, name):
+                raise ValueError(f"`cache_frozen_layers` does not go with `{name}`, which {reason}; give one of them")
+        return self

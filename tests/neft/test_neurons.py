@@ -59,6 +59,38 @@ def test_sites_come_in_the_order_of_the_modules() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("family", "stacks"),
+    [
+        ("llama", ["model.layers"]),
+        ("gpt2", ["transformer.h"]),
+        ("gpt_neox", ["gpt_neox.layers"]),
+        ("opt", ["model.decoder.layers"]),
+        ("bert", ["bert.encoder.layer"]),
+        ("t5", ["encoder.block", "decoder.block"]),
+    ],
+)
+def test_a_site_knows_its_stack_and_its_layer(family: str, stacks: list[str]) -> None:
+    space = NeuronSpace.from_model(tiny_model(family), ("ffn", "attention"))
+    assert list(dict.fromkeys(site.stack for site in space.sites)) == stacks
+    for site in space.sites:
+        assert site.name.startswith(f"{site.stack}.{site.layer}.")
+    assert {(site.stack, site.layer) for site in space.sites} == {
+        (stack, layer) for stack in stacks for layer in (0, 1)
+    }
+
+
+def test_a_site_without_a_number_stands_in_layer_0() -> None:
+    site = Site("block.ffn", "ffn", 4, (Part("block.down", "column", 4),))
+    assert (site.stack, site.layer) == ("", 0)
+    assert Site("h.12.ffn2.x1", "ffn", 4, ()).layer == 12
+
+
+def test_stack_and_layer_are_no_part_of_the_description() -> None:
+    site = NeuronSpace.from_model(tiny_model()).to_dict()["sites"][0]
+    assert set(site) == {"name", "kind", "size", "parts"}
+
+
 def test_kinds_may_come_in_any_order_and_twice() -> None:
     model = tiny_model()
     spaces = [NeuronSpace.from_model(model, kinds) for kinds in (("ffn", "qk"), ("qk", "ffn"), ("qk", "ffn", "qk"))]

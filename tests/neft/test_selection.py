@@ -149,6 +149,60 @@ def test_a_bare_number_is_of_neurons() -> None:
     assert Budget.model_validate({"parameters": 0.09}) == Budget(parameters=0.09)
 
 
+@pytest.mark.parametrize(
+    ("lowest", "layers"),
+    [(0, [0, 1, 2, 3, 4]), (3, [3, 4]), (4, [4]), (0.0, [0, 1, 2, 3, 4]), (0.5, [3, 4]), (0.4, [2, 3, 4]), (0.8, [4])],
+)
+def test_lower_layers_are_left_out_by_number_or_fraction(lowest: float, layers: list[int]) -> None:
+    space = space_of(*[(4, 1)] * 5)
+    scores = scored(space, *[[4.0 - place] * 4 for place in range(5)])
+    for scope in ("global", "per_site"):
+        spec = SelectionSpec.model_validate({"scope": scope, "lowest_layer": lowest})
+        assert [site.layer for site in spec.sites(space)] == layers
+        selection = select(scores, Budget(neurons=len(layers)), spec)
+        assert {space.site(name).layer for name in selection.neurons.indices} <= set(layers)
+        assert selection.free == 4 * len(layers)
+        assert len(selection.neurons) == len(layers)
+
+
+@pytest.mark.parametrize("layer", range(30))
+def test_a_fraction_of_the_depth_is_exact(layer: int) -> None:
+    space = space_of(*[(1, 1)] * 30)
+    sites = SelectionSpec(lowest_layer=layer / 30).sites(space)
+    assert [site.layer for site in sites] == list(range(layer, 30))
+
+
+def test_the_budget_is_of_the_whole_space_and_spent_among_the_layers_allowed() -> None:
+    space = space_of((20, 3), (20, 3), (20, 3), (20, 3), outside=160)  # 80 neurons, 240 of 400 parameters in them
+    scores = scored(space, *[torch.rand(20).tolist() for _ in range(4)])
+    assert [len(each) for each in chosen(select(scores, Budget(neurons=0.1), PER_SITE))] == [2, 2, 2, 2]
+    half = SelectionSpec(lowest_layer=0.5)
+    assert [len(each) for each in chosen(select(scores, Budget(neurons=0.1), half))] == [0, 0, 4, 4]
+    assert [len(each) for each in chosen(select(scores, Budget(parameters=0.1), half))] == [0, 0, 6, 6]  # 18 + 18 of 40
+
+
+def test_layers_are_counted_in_each_stack() -> None:
+    """An encoder of four layers and a decoder of two, whose layers number their parts too."""
+    names = [f"encoder.block.{layer}.layer.1.ffn" for layer in range(4)]
+    names += [f"decoder.block.{layer}.layer.2.ffn" for layer in range(2)]
+    sites = tuple(Site(name, "ffn", 4, (Part(f"{name}.wo", "column", 1),)) for name in names)
+    space = NeuronSpace(sites, 100)
+    assert {(site.stack, site.layer) for site in SelectionSpec(lowest_layer=0.5).sites(space)} == {
+        ("encoder.block", 2),
+        ("encoder.block", 3),
+        ("decoder.block", 1),
+    }
+    assert {site.stack for site in SelectionSpec(lowest_layer=2).sites(space)} == {"encoder.block"}
+
+
+def test_only_free_neurons_of_the_layers_allowed_are_chosen() -> None:
+    scores = scored(space_of((4, 1), (4, 1)), [9.0, 9, 9, 9], [4.0, 3, 2, 1])
+    free = scores.space.all() - NeuronSet(scores.space, {"layers.1.ffn": [0]})
+    selection = select(scores, Budget(neurons=2), SelectionSpec(lowest_layer=1), free)
+    assert chosen(selection) == [[], [1, 2]]
+    assert selection.free == 3
+
+
 def test_threshold_keeps_what_reaches_it_within_the_budget() -> None:
     scores = scored(space_of((5, 1)), [0.1, 0.9, 0.5, 0.5, 0.7])
     selection = select(scores, Budget(neurons=4), SelectionSpec(rule="threshold", threshold=0.5))
@@ -224,6 +278,28 @@ def test_an_empty_choice_says_why(amount: dict[str, int], spec: SelectionSpec, w
         select(scores, Budget.model_validate(amount), spec)
 
 
+@pytest.mark.parametrize("scope", ["global", "per_site"])
+def test_what_the_layers_allowed_cannot_give_is_said(scope: str) -> None:
+    scores = scored(space_of((4, 1), (4, 1)), [9.0, 9, 9, 9], [4.0, 3, 2, 1])
+    spec = SelectionSpec.model_validate({"scope": scope, "lowest_layer": 1})
+    with pytest.raises(
+        InputError, match=r"has 4 of the chosen kinds in the layers from method\.selection\.lowest_layer up"
+    ):
+        select(scores, Budget(neurons=5), spec)
+    free = NeuronSet(scores.space, {"layers.0.ffn": range(4), "layers.1.ffn": [0]})
+    with pytest.raises(FailedError, match=r"where 1 neurons are free.*lower method\.selection\.lowest_layer \(now 1\)"):
+        select(scores, Budget(neurons=2), spec, free)
+    above = SelectionSpec(rule="threshold", threshold=5, lowest_layer=1)
+    with pytest.raises(FailedError, match="the best free one scores 4;"):
+        select(scores, Budget(neurons=2), above)
+
+
+def test_a_layer_above_the_highest_is_an_input_error() -> None:
+    scores = scored(space_of((4, 1), (4, 1)), [1.0] * 4, [1.0] * 4)
+    with pytest.raises(InputError, match=r"lowest_layer 2 leaves no layer to choose from; the highest .* is 1"):
+        select(scores, Budget(neurons=2), SelectionSpec(lowest_layer=2))
+
+
 def test_free_neurons_of_another_space_are_refused() -> None:
     scores = scored(space_of((3, 3)), [1.0, 2, 3])
     with pytest.raises(InputError, match="another neuron space"):
@@ -246,6 +322,10 @@ def test_free_neurons_of_another_space_are_refused() -> None:
         (SelectionSpec, {"rule": "threshold"}, "goes with `rule: threshold`"),
         (SelectionSpec, {"threshold": 0.1}, "goes with `rule: threshold`"),
         (SelectionSpec, {"rule": "best"}, "top_k"),
+        *[
+            (SelectionSpec, {"lowest_layer": value}, "give a layer's number, from 0 up, or a fraction below 1")
+            for value in (-1, 1.0, 1.5, -0.5, float("nan"), True, "0.5", None)
+        ],
     ],
 )
 def test_a_budget_or_rule_out_of_range_is_refused(model: type[BaseModel], value: Any, words: str) -> None:

@@ -108,7 +108,7 @@ def encoded_rows(examples: tuple[Example, ...] = ROWS, max_length: int | None = 
 
 
 def test_every_setting_is_one_of_sft_config() -> None:
-    ours = {"early_stopping_patience", "validation_fraction"}
+    ours = {"early_stopping_patience", "validation_fraction", "cache_frozen_layers"}
     assert set(TrainingSpec.model_fields) - ours <= set(SFTConfig.__dataclass_fields__)
     assert not ours & set(SFTConfig.__dataclass_fields__)
 
