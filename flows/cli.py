@@ -1,4 +1,4 @@
-"""The command `neft`: run a stream, report what was forgotten, look into the registry."""
+"""The command `neft`: run a stream, report what was forgotten, look into the registry and into the model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from flows.environment import silence_telemetry
 from neft.errors import InputError, NeftError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from flows.inspection import Inspection
     from registry import Registry, Run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, help=__doc__)
 registry_app = typer.Typer(no_args_is_help=True, help="Look up, and check out, what has been learnt.")
 app.add_typer(registry_app, name="registry")
+inspect_app = typer.Typer(no_args_is_help=True)
+app.add_typer(inspect_app, name="inspect")
 
 # A file or a pipe has no width, and a table should not be cut for it.
 _OUT = Console(width=None if sys.stdout.isatty() else 160)
@@ -38,6 +43,9 @@ def _set_debug(value: bool) -> None:
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", callback=_set_debug)
 ]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=20.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 BaseModel = Annotated[
     str | None, typer.Option(help="Name or fingerprint of the base model, if the task was learnt on several.")
@@ -50,9 +58,7 @@ Location = Annotated[
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="The stream's YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=20.")
-    ] = None,
+    overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
     """Learn a stream's tasks in order; started again, go on where it stopped.
@@ -88,6 +94,58 @@ def report(
     _print_report(streams, location, json_)
     if plot is not None:
         _draw(streams[0], location, plot)
+
+
+@inspect_app.callback()
+def _inspect() -> None:
+    """Look into a config's base model."""
+    # Without a callback of its own, a group of one command would lose the command's name.
+
+
+@inspect_app.command()
+def keystone(
+    config: Annotated[Path, typer.Argument(help="The stream's YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="YAML file, capability -> prompts; default: the config's, or neft's own.")
+    ] = None,
+    rho: Annotated[
+        float | None, typer.Option(help="Share of each site that counts as its strongest; default: the config's.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens generated after each prompt; default: the config's.")
+    ] = None,
+    top: Annotated[
+        str | None,
+        typer.Option(metavar="K,K,...", help="How many keystones to silence; default: 1, 4, 16, ... and all."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Evaluation rows of each task.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ablation to this PNG or SVG.")] = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the neurons that every capability of a config's base model needs, and measure the model without them.
+
+    Example: neft inspect keystone configs/demo.yaml --plot keystones.png
+    """
+    from flows import inspection as inspections
+    from flows.config import load_config
+
+    if plot is not None:
+        _check_picture(plot)
+    parsed = load_config(config, overrides or ())
+    search = inspections.search_of(parsed, prompts=prompts, rho=rho, new_tokens=new_tokens)
+    found = inspections.inspect_keystones(parsed, search, _counts(top), examples)
+    if plot is not None:
+        from flows.figures import ablation
+
+        title = f"{parsed.stream}'s base model without its strongest keystones"
+        _save_picture(ablation(found.ablation, title), plot)
+    if json_:
+        _print_json(inspections.as_json(found))
+        return
+    _OUT.print(inspections.as_table(found))
+    _print_next_steps(config, found, plot)
 
 
 @registry_app.command("list")
@@ -213,12 +271,43 @@ def _draw(stream: str, location: Path | None, path: Path) -> None:
     from flows.figures import heatmap
     from flows.report import matrix_of
 
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {path} ends in {path.suffix!r}; name a .png or .svg file")
+    _check_picture(path)
     with _registry(location) as registry:
         matrix = matrix_of(registry.newest_run(stream))
+    _save_picture(heatmap(matrix, f"R matrix of {stream}"), path)
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {path} ends in {path.suffix!r}; name a .png or .svg file")
+
+
+def _save_picture(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    heatmap(matrix, f"R matrix of {stream}").savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
+
+
+def _counts(top: str | None) -> list[int] | None:
+    """The numbers of `--top 4,16,64`."""
+    if top is None:
+        return None
+    words = [word.strip() for word in top.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise InputError(f"--top {top!r} is no list of numbers; write how many neurons to silence, such as 4,16,64")
+    return [int(word) for word in words]
+
+
+def _print_next_steps(config: Path, found: Inspection, plot: Path | None) -> None:
+    folder = _folder()
+    again = f"neft inspect keystone {config}"
+    lines = ["", "Look further:", f"  {folder}{again} --json"]
+    lines += [f"  {plot}: the ablation as a picture"] if plot else [f"  {folder}{again} --plot keystones.png"]
+    if found.keystones.neurons:
+        lines += [
+            f"  {folder}neft run {config} --set stream={found.stream}-guarded --set method.protection=keystone",
+            "    learns the stream's tasks without touching a keystone",
+        ]
+    _OUT.print("\n".join(lines), highlight=False, markup=False)
 
 
 def _print_directions(run: Run, location: Path | None) -> None:
@@ -227,8 +316,7 @@ def _print_directions(run: Run, location: Path | None) -> None:
     uri = tracking.get("uri", "")
     view = f"/#/experiments/{tracking.get('experiment_id', '')}/runs?compareRunsMode=CHART"
     where = f" --registry {location}" if location else ""
-    # `make` does not put the virtual environment on the path.
-    folder = "" if shutil.which("neft") else f"{Path(sys.argv[0]).parent}/"
+    folder = _folder()
     lines = ["", "Look further:", f"  {folder}neft report {run.stream} --json{where}"]
     if entries := tracking.get("entries"):
         entry = entries[-1]
@@ -239,6 +327,11 @@ def _print_directions(run: Run, location: Path | None) -> None:
     else:
         lines += [f"  {folder}mlflow ui --backend-store-uri {uri}", f"    then open http://127.0.0.1:5000{view}"]
     _OUT.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _folder() -> str:
+    """What commands to copy begin with: `make` does not put the virtual environment on the path."""
+    return "" if shutil.which("neft") else f"{Path(sys.argv[0]).parent}/"
 
 
 def _print_json(value: Any) -> None:

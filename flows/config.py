@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from neft.architectures import Anatomy
 from neft.baselines import BASELINES
@@ -19,7 +22,7 @@ from neft.neurons import Kind
 from neft.protection import POLICIES
 from neft.scoring import SCORERS
 from neft.selection import Budget, SelectionSpec
-from neft.strategies import Choice, build
+from neft.strategies import Choice, anchored, build
 from neft.tasks import Spec, TaskSpec
 from neft.training_spec import TrainingSpec
 
@@ -51,8 +54,11 @@ class MethodSpec(Spec):
     @classmethod
     def _known_strategy(cls, choice: Choice | None, info: ValidationInfo) -> Choice | None:
         role, known = _STRATEGIES[str(info.field_name)]
-        if choice is not None:
-            build(role, known, choice)
+        if choice is None:
+            return None
+        # A strategy may read files of its own when it is built, so their paths are anchored first.
+        choice = anchored(known, choice, (info.context or {}).get("folder", Path()))
+        build(role, known, choice)
         return choice
 
 
@@ -100,6 +106,28 @@ class StreamConfig(Spec):
                 raise ValueError(f"two tasks are called {name!r}; names in a stream must differ")
         return tasks
 
+    @property
+    def evaluation_spec(self) -> EvaluationSpec:
+        """How models are evaluated, with training's length where evaluation names none."""
+        length = self.evaluation.max_length or self.training.max_length
+        return self.evaluation.model_copy(update={"max_length": length})
+
+    def check_lengths(self, positions: int | None) -> None:
+        """
+        Args:
+            positions: tokens that the model can tell apart by place; None for a model without such a limit.
+
+        Raises:
+            InputError: prompts and answers may be longer than the model has positions for.
+        """
+        lengths = {
+            "training.max_length": self.training.max_length,
+            "evaluation.max_length": self.evaluation.max_length or 0,
+        }
+        for key, length in lengths.items():
+            if positions is not None and length > positions:
+                raise InputError(f"{key} is {length}, but the model has {positions} positions; lower it to that")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig:
     """Read a config, with `a.b=c` overrides on top; relative paths in it are relative to its folder.
@@ -118,16 +146,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
         raise InputError(f"{path} is not a mapping of keys to values; start with `stream: NAME`")
     for override in overrides:
         _apply(raw, override)
-    return _anchored(validate_config(raw, str(path)), path.parent.resolve())
+    folder = path.parent.resolve()
+    return _anchored(validate_config(raw, str(path), folder), folder)
 
 
-def validate_config(raw: Mapping[str, Any], where: str) -> StreamConfig:
+def validate_config(raw: Mapping[str, Any], where: str, folder: Path | None = None) -> StreamConfig:
     """
+    Args:
+        folder: what relative paths among a strategy's options are relative to; default: the working directory.
+
     Raises:
         InputError: every key that is wrong, one a line, each with its value and what to do.
     """
     try:
-        return StreamConfig.model_validate(raw)
+        return StreamConfig.model_validate(raw, context={"folder": folder or Path()})
     except ValidationError as error:
         complaints = list(dict.fromkeys(_complaints(error, raw)))
         raise InputError("\n".join(f"{where}: {complaint}" for complaint in complaints)) from error
@@ -170,7 +202,7 @@ def _complaints(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]
             continue
         key = ".".join(str(part) for part in location)
         value = problem["input"]
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in _UNKNOWN:
             known = _known_keys(location[:-1])
             hint = f"; {nearest(str(location[-1]), known)}" if known else ""
             yield f"unknown key {key!r}{hint}"
@@ -182,11 +214,15 @@ def _complaints(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]
             yield f"{key}: {message}{shown}"
 
 
+#: Pydantic's types of the error about a key that a model, or a dataclass, does not have.
+_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+
 #: Pydantic's type of an error about a value's shape -> what a config's reader would say.
 _SHAPES = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping of keys to values",
     "model_type": "must be a mapping of keys to values",
+    "dataclass_type": "must be a mapping of keys to values",
     "string_type": "must be text; put it in quotes",
     "int_type": "must be a whole number",
     "bool_type": "must be true or false",
@@ -208,21 +244,41 @@ def _place(raw: Any, location: Sequence[int | str], kind: str) -> list[int | str
     return found
 
 
+def is_model(annotation: Any) -> bool:
+    """Whether a part of a config is a mapping with keys of its own: a pydantic model, or a dataclass."""
+    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation))
+
+
+def fields_of(model: type[Any]) -> dict[str, FieldInfo]:
+    """Key -> annotation, default and description of a part of a config."""
+    if issubclass(model, BaseModel):
+        return model.model_fields
+    hints, described = get_type_hints(model), {}
+    for each in fields(model):
+        required = each.default is MISSING
+        described[each.name] = FieldInfo(
+            annotation=hints[each.name],
+            default=PydanticUndefined if required else each.default,
+            description=each.metadata["help"],
+        )
+    return described
+
+
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """Keys that the part of the config at `location` knows."""
-    model: type[BaseModel] | None = StreamConfig
+    model: type[Any] | None = StreamConfig
     for part in location:
         if isinstance(part, int):
             continue
-        if model is None or part not in model.model_fields:
+        if model is None or part not in fields_of(model):
             return []
-        model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if model else []
+        model = _model_in(fields_of(model)[part].annotation)
+    return list(fields_of(model)) if model else []
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+def _model_in(annotation: Any) -> type[Any] | None:
+    if is_model(annotation):
+        return cast(type[Any], annotation)
     if get_origin(annotation) in (Union, UnionType, tuple):
         return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
     return None

@@ -1,12 +1,16 @@
-"""Pictures of a stream's results."""
+"""Pictures of a stream's results, and of a model without its keystones."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 
+from flows.inspection import Ablated
 from neft.forgetting import AccuracyMatrix
 
 
@@ -40,3 +44,33 @@ def _cells(matrix: AccuracyMatrix) -> list[tuple[tuple[int, int], float]]:
 
 def _frame(column: int, row: int) -> Rectangle:
     return Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor="white", linewidth=2)
+
+
+def ablation(rows: Sequence[Ablated], title: str) -> Figure:
+    """Perplexity and task scores against how many neurons are silenced; dashed, against as many random ones."""
+    probes, tasks = list(rows[0].perplexity), list(rows[0].scores)
+    figure = Figure(figsize=(11 if probes else 6, 4.5), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(1, 2 if probes else 1, squeeze=False)[0])
+    if probes:
+        _curves(panels[0], rows, probes, lambda row, name: row.perplexity[name])
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter(ScalarFormatter())
+        panels[0].yaxis.set_minor_formatter(ScalarFormatter())
+        panels[0].set_ylabel("perplexity of general text")
+    _curves(panels[-1], rows, tasks, lambda row, name: row.scores[name])
+    panels[-1].set_ylim(-0.02, 1.02)
+    panels[-1].set_ylabel("score")
+    figure.suptitle(title)
+    return figure
+
+
+def _curves(axes: Axes, rows: Sequence[Ablated], names: Sequence[str], value: Callable[[Ablated, str], float]) -> None:
+    """A solid line a name for keystones, a dashed one for random neurons; counts stand evenly, as they are few."""
+    counts = sorted({row.count for row in rows})
+    for number, name in enumerate(names):
+        for which, style in (("keystone", "-o"), ("random", "--x")):
+            points = [(counts.index(row.count), value(row, name)) for row in rows if row.which in (which, "none")]
+            axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=f"{name}, {which}")
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.set_xlabel("neurons silenced")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)

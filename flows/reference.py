@@ -7,13 +7,13 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flows.config import StreamConfig
+from flows.config import StreamConfig, fields_of, is_model
 from neft.baselines import BASELINES
 from neft.protection import POLICIES
 from neft.scoring import SCORERS
@@ -38,18 +38,18 @@ def reference() -> str:
     return "\n".join([_HEAD, *sections, *strategies])
 
 
-def _models(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _models(model: type[Any], path: str) -> Iterator[tuple[str, type[Any]]]:
     yield path, model
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         inner = _inner(field.annotation)
         many = "[]" if inner and _is_list(field.annotation) else ""
         if inner is not None:
             yield from _models(inner, f"{path}.{name}{many}" if path else f"{name}{many}")
 
 
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+def _inner(annotation: Any) -> type[Any] | None:
+    if is_model(annotation):
+        return cast(type[Any], annotation)
     return next((found for part in get_args(annotation) if (found := _inner(part))), None)
 
 
@@ -57,7 +57,7 @@ def _is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(_is_list(part) for part in get_args(annotation))
 
 
-def _section(path: str, model: type[BaseModel]) -> str:
+def _section(path: str, model: type[Any]) -> str:
     title = f"`{path}`" if path else "Top level"
     rows = [
         f"## {title}",
@@ -67,7 +67,7 @@ def _section(path: str, model: type[BaseModel]) -> str:
         "| key | type | default | what it is |",
         "|---|---|---|---|",
     ]
-    rows += [_row(name, field) for name, field in model.model_fields.items()]
+    rows += [_row(name, field) for name, field in fields_of(model).items()]
     return "\n".join([*rows, ""])
 
 
@@ -87,7 +87,7 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
         return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if is_model(annotation):
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
     return names.get(annotation, str(annotation))
@@ -117,12 +117,19 @@ def _strategies(title: str, key: str, known: Mapping[str, type[Any]]) -> str:
     for name, strategy in known.items():
         fields = getattr(strategy, "__dataclass_fields__", {})
         options = ", ".join(
-            f"`{field.name}: {field.default}`"
+            f"`{field.name}: {_option_default(field.default)}`"
             for field in fields.values()
             if not str(field.type).startswith("ClassVar")
         )
         rows.append(f"| `{name}` | {options or '-'} | {_first_paragraph(strategy.__doc__)} |")
     return "\n".join([*rows, ""])
+
+
+def _option_default(value: Any) -> str:
+    """As a config would have it; a file that comes with neft lies elsewhere on every machine."""
+    if isinstance(value, Path):
+        return "neft's own"
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _first_paragraph(text: str | None) -> str:

@@ -112,6 +112,7 @@ def _learn(bench: Workbench, config: StreamConfig) -> int:
         say(f"stream {config.stream!r} is learnt already (run {bench.run.id}): nothing to do")
         return bench.run.id
     try:
+        bench.reserve()
         evaluate("nothing")
         for position, spec in enumerate(config.tasks):
             learn_task(position, spec.name)

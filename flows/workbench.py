@@ -24,16 +24,16 @@ from flows.tracking import Tracker, library_versions
 from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
 from neft.baselines import BASELINES
 from neft.encoding import batches, tokenizer_fingerprint
-from neft.errors import FailedError, InputError
+from neft.errors import FailedError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
 from neft.models import load_base
-from neft.neurons import NeuronSpace
+from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
-from neft.protection import POLICIES, Learnt
-from neft.scoring import SCORERS, Scores
+from neft.protection import POLICIES, Learnt, ProtectionPolicy
+from neft.scoring import SCORERS, Scorer, Scores
 from neft.selection import Selection, select
-from neft.strategies import build
+from neft.strategies import build, contents
 from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
@@ -75,6 +75,9 @@ class Workbench:
         self.tasks: tuple[Task, ...] = ()
         self.probes: tuple[Probe, ...] = ()
         self.space: NeuronSpace
+        self.scorer: Scorer
+        self.policy: ProtectionPolicy
+        self.reserved: NeuronSet
         self.base = ""
         self.state = ""
         self.run: Run
@@ -90,8 +93,10 @@ class Workbench:
         start = time.perf_counter()
         self.tasks = tuple(load_task(spec, self.config.seed) for spec in self.config.tasks)
         self.probes = load_probes(self.config.evaluation)
+        self.scorer = build("scorer", SCORERS, self.config.method.scorer)
+        self.policy = build("protection policy", POLICIES, self.config.method.protection)
         self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
-        self._check_lengths()
+        self.config.check_lengths(getattr(self.model.config, "max_position_embeddings", None))
         nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
         self.base = base_fingerprint(self.model)
@@ -107,19 +112,14 @@ class Workbench:
         if majorities:
             say(f"always answering the commonest label scores: {', '.join(majorities)}")
 
-    def _check_lengths(self) -> None:
-        """
-        Raises:
-            InputError: prompts and answers may be longer than the model has positions for.
-        """
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        lengths = {
-            "training.max_length": self.config.training.max_length,
-            "evaluation.max_length": self.config.evaluation.max_length or 0,
-        }
-        for key, length in lengths.items():
-            if positions is not None and length > positions:
-                raise InputError(f"{key} is {length}, but the model has {positions} positions; lower it to that")
+    def reserve(self) -> None:
+        """Ask the protection policy for its neurons, once, while the model is still untouched."""
+        self.reserved = self.space.none()
+        if self.config.method.baseline is None:
+            self.reserved = self.policy.reserve(self.model, self.tokenizer, self.space)
+        if self.reserved:
+            sites = len(self.reserved.indices)
+            say(f"protection policy {self.policy.name!r} reserves {len(self.reserved):,} neurons in {sites} sites")
 
     @property
     def config_digest(self) -> str:
@@ -130,7 +130,7 @@ class Workbench:
                 "space": self.space.fingerprint,
                 "tokenizer": tokenizer_fingerprint(self.tokenizer),
                 "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in self.tasks],
-                "method": self._method(),
+                "method": self._method_identity(),
                 "training": self._training(),
                 "evaluation": self._evaluation(),
                 "probes": [probe.fingerprint for probe in self.probes],
@@ -140,6 +140,15 @@ class Workbench:
 
     def _method(self) -> dict[str, Any]:
         return self.config.method.model_dump(mode="json")
+
+    def _method_identity(self) -> dict[str, Any]:
+        """The method with the content of every file that a strategy reads in place of the file's name."""
+        described = self._method()
+        for key, strategy in (("scorer", self.scorer), ("protection", self.policy)):
+            if read := contents(strategy):
+                choice = described[key]
+                described[key] = ({"name": choice} if isinstance(choice, str) else choice) | read
+        return described
 
     def _training(self) -> dict[str, Any]:
         return self.config.training.model_dump(mode="json")
@@ -225,7 +234,7 @@ class Workbench:
             "parent": self.state,
             "task": task.name,
             "data": task.train_fingerprint,
-            "method": self._method(),
+            "method": self._method_identity(),
             "training": self._training(),
             "seed": self.config.seed,
         }
@@ -274,25 +283,23 @@ class Workbench:
         """Score the neurons for the task, on a sample of its training data."""
         work = self.work
         start = time.perf_counter()
-        scorer = build("scorer", SCORERS, self.config.method.scorer)
         # Drawn by seed, since a file may be sorted by label; another seed for each task, or chance would repeat itself.
         seed = int(digest([self.config.seed, work.task.name])[:8], 16)
-        count = min(self.config.method.scoring_examples, len(work.task.train)) if scorer.needs_data else 0
+        count = min(self.config.method.scoring_examples, len(work.task.train)) if self.scorer.needs_data else 0
         examples = random.Random(seed).sample(work.task.train, count)
         size, length = self.config.training.per_device_train_batch_size, self.config.training.max_length
         read = list(batches(self.tokenizer, examples, size, length))
-        work.scores = scorer.score(self.model, self.space, read, seed)
+        work.scores = self.scorer.score(self.model, self.tokenizer, self.space, read, seed)
         seconds = time.perf_counter() - start
         self.tracker.log(work.run_id, {"scoring/seconds": seconds, "scoring/examples": len(examples)}, 0)
-        say(f"{self._head()} scored {len(self.space):,} neurons by {scorer.name} in {seconds:.1f} s")
+        say(f"{self._head()} scored {len(self.space):,} neurons by {self.scorer.name} in {seconds:.1f} s")
 
     def select(self) -> None:
         """Choose the task's neurons among those that the protection policy leaves free."""
         work = self.work
         assert work.scores is not None
-        policy = build("protection policy", POLICIES, self.config.method.protection)
         earlier = [Learnt(entry.task, self.registry.neurons(entry)) for entry in self.chain]
-        free = policy.free(self.space, earlier)
+        free = self.policy.free(self.space, earlier, self.reserved)
         method = self.config.method
         work.selection = select(work.scores, method.budget, method.selection, free)
         neurons = work.selection.neurons
@@ -302,12 +309,12 @@ class Workbench:
         sizes: dict[str, float] = {
             "selection/neurons": len(neurons),
             "selection/parameters": neurons.parameters,
-            "selection/free_before": len(free),
+            "selection/free_before": work.selection.free,
         }
         sizes |= {f"selection/iou/{learnt.task}": neurons.iou(learnt.neurons) for learnt in earlier}
         self.tracker.log(work.run_id, sizes, 0)
         say(
-            f"{self._head()} chose {len(neurons):,} of {len(free):,} free neurons "
+            f"{self._head()} chose {len(neurons):,} of {work.selection.free:,} free neurons "
             f"({neurons.parameter_fraction:.1%} of the model's parameters)"
         )
 
@@ -385,10 +392,7 @@ class Workbench:
 
     def _score(self, task: Task) -> Callable[[], tuple[float, int]]:
         def measure() -> tuple[float, int]:
-            spec = self.config.evaluation
-            if spec.max_length is None:
-                spec = spec.model_copy(update={"max_length": self.config.training.max_length})
-            score = evaluate(self.model, self.tokenizer, task, spec)
+            score = evaluate(self.model, self.tokenizer, task, self.config.evaluation_spec)
             return score.value, score.examples
 
         return measure

@@ -5,60 +5,80 @@ A family not listed here is described in the config under `model.neurons`, in th
 
 from __future__ import annotations
 
-from typing import Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from neft.errors import InputError
 
 Fusion = Literal["stacked", "per_head"]
 
 
-class FeedForward(BaseModel):
+# Plain dataclasses, which a config validates all the same: the tuner runs where pydantic is not installed.
+_STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
     """One feed-forward block: the modules whose rows and columns make up its neurons."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
-    up: str = Field(description="module whose row i feeds neuron i, as its name ends: `mlp.up_proj`, `fc1`")
-    down: str = Field(description="module whose column i neuron i writes through: `mlp.down_proj`, `fc2`")
-    gate: str | None = Field(None, description="module whose row i gates neuron i, where the block has a gate")
+    up: str = field(metadata={"help": "module whose row i feeds neuron i, as its name ends: `mlp.up_proj`, `fc1`"})
+    down: str = field(metadata={"help": "module whose column i neuron i writes through: `mlp.down_proj`, `fc2`"})
+    gate: str | None = field(
+        default=None, metadata={"help": "module whose row i gates neuron i, where the block has a gate"}
+    )
 
 
-class Attention(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Attention:
     """One attention block: separate query, key and value modules, or one fused module."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
-    output: str = Field(description="module that mixes the heads: `self_attn.o_proj`")
-    query: str | None = Field(None, description="query module, when separate")
-    key: str | None = Field(None, description="key module, when separate")
-    value: str | None = Field(None, description="value module, when separate")
-    fused: str | None = Field(None, description="one module for query, key and value")
-    fusion: Fusion = Field(
-        "stacked",
-        description="rows of the fused module: `stacked` (all queries, all keys, all values) or `per_head`",
+    output: str = field(metadata={"help": "module that mixes the heads: `self_attn.o_proj`"})
+    query: str | None = field(default=None, metadata={"help": "query module, when separate"})
+    key: str | None = field(default=None, metadata={"help": "key module, when separate"})
+    value: str | None = field(default=None, metadata={"help": "value module, when separate"})
+    fused: str | None = field(default=None, metadata={"help": "one module for query, key and value"})
+    fusion: Fusion = field(
+        default="stacked",
+        metadata={
+            "help": "rows of the fused module: `stacked` (all queries, all keys, all values) or `per_head`",
+        },
     )
-    head_dim: int | None = Field(None, gt=0, description="channels a head; taken from the model's config when absent")
+    head_dim: int | None = field(
+        default=None, metadata={"help": "channels a head; taken from the model's config when absent"}
+    )
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InputError: neither a fused module nor all three, or a head without channels.
+        """
+        if len(self.inputs) != (1 if self.fused else 3):
+            raise InputError("an attention block needs either `fused`, or all of `query`, `key` and `value`")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise InputError(f"head_dim is {self.head_dim}; a head has at least one channel")
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The modules that compute query, key and value: the fused one, or all three."""
         return tuple(name for name in (self.fused, self.query, self.key, self.value) if name)
 
-    @model_validator(mode="after")
-    def _fused_or_separate(self) -> Self:
-        if len(self.inputs) != (1 if self.fused else 3):
-            raise ValueError("an attention block needs either `fused`, or all of `query`, `key` and `value`")
-        return self
 
-
-class Anatomy(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
     """Every place of one model family that holds neurons."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
-    ffn: tuple[FeedForward, ...] = Field((), description="feed-forward blocks, by the endings of their module names")
-    attention: tuple[Attention, ...] = Field((), description="attention blocks, by the endings of their module names")
+    ffn: tuple[FeedForward, ...] = field(
+        default=(), metadata={"help": "feed-forward blocks, by the endings of their module names"}
+    )
+    attention: tuple[Attention, ...] = field(
+        default=(), metadata={"help": "attention blocks, by the endings of their module names"}
+    )
 
 
 _LLAMA = Anatomy(

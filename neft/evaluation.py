@@ -194,12 +194,26 @@ def generate(
     max_length: int | None = None,
 ) -> list[str]:
     """Greedy answers to the examples' prompts, as text without special tokens."""
-    device, pad = _device(model), int(tokenizer.pad_token_id)
     prompts = [encode_prompt(tokenizer, example, max_length) for example in examples]
+    written = generate_ids(model, tokenizer, prompts, max_new_tokens)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def generate_ids(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> torch.Tensor:
+    """Greedy answers to prompts of token ids, without the prompts: int64 (prompts, at most `max_new_tokens`).
+
+    After its end token an answer is padded.
+
+    Raises:
+        InputError: a prompt is empty.
+    """
+    device, pad = _device(model), int(tokenizer.pad_token_id)
     if not all(prompts):
         raise InputError("a prompt has no tokens, so there is nothing to answer; give the prompt template some text")
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     transformer: Any = model
     written: torch.Tensor = transformer.generate(
@@ -210,7 +224,8 @@ def generate(
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    # An encoder-decoder model gives back its decoder's start token and the answer, a causal one the prompt before it.
+    return written[:, 1 if transformer.config.is_encoder_decoder else longest :]
 
 
 def _exact_match(answer: str, reference: str) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import Neft, runner
 from tests.learnt import Learnt, learn
 from tests.tiny import write_stream
 
@@ -18,6 +19,12 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture
+def neft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Neft:
+    """Run `neft ARGUMENTS` in this process."""
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -156,6 +156,13 @@ TASKS = (
     ("places", COLOURS[::-1], ("north", "south")),
 )
 
+#: Prompts of three capabilities in the words above, of unlike lengths.
+KEYSTONE_PROMPTS = {
+    "colours": ["red green the blue Kind:", "Text: black"],
+    "animals": ["one old cat", "dog"],
+    "fillers": ["the a one some"],
+}
+
 
 def write_stream(folder: Path, tasks: int = 3, **changes: Any) -> Path:
     """Write a tiny model, data and config to `folder`; returns the config's path. `changes` replace top-level keys."""

@@ -1,9 +1,10 @@
 """Protection policies, one a file, found by name in a config."""
 
 from neft.protection.exclude import Exclude
+from neft.protection.keystone import KeystoneGuard
 from neft.protection.none import Unprotected
 from neft.protection.policy import Learnt, ProtectionPolicy
 
-POLICIES: dict[str, type[ProtectionPolicy]] = {policy.name: policy for policy in (Exclude, Unprotected)}
+POLICIES: dict[str, type[ProtectionPolicy]] = {policy.name: policy for policy in (Exclude, KeystoneGuard, Unprotected)}
 
 __all__ = ["POLICIES", "Learnt", "ProtectionPolicy"]

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from neft.neurons import NeuronSet, NeuronSpace
-from neft.protection.policy import Learnt
+from neft.protection.policy import Learnt, without
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class Exclude:
 
     name: ClassVar[str] = "exclude"
 
-    def free(self, space: NeuronSpace, earlier: Sequence[Learnt]) -> NeuronSet:
-        free = space.all()
-        for learnt in earlier:
-            free = free - learnt.neurons
-        return free
+    def reserve(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, space: NeuronSpace) -> NeuronSet:
+        return space.none()
+
+    def free(self, space: NeuronSpace, earlier: Sequence[Learnt], reserved: NeuronSet) -> NeuronSet:
+        return without(space.all(), earlier)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.protection.policy import Learnt
 
@@ -16,5 +19,8 @@ class Unprotected:
 
     name: ClassVar[str] = "none"
 
-    def free(self, space: NeuronSpace, earlier: Sequence[Learnt]) -> NeuronSet:
+    def reserve(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, space: NeuronSpace) -> NeuronSet:
+        return space.none()
+
+    def free(self, space: NeuronSpace, earlier: Sequence[Learnt], reserved: NeuronSet) -> NeuronSet:
         return space.all()

@@ -2,6 +2,7 @@
 
 from neft.scoring.activation import Activation
 from neft.scoring.fisher import Fisher
+from neft.scoring.keystone import Keystone
 from neft.scoring.random import Random
 from neft.scoring.scores import Scorer, Scores
 from neft.scoring.similarity import Similarity
@@ -9,7 +10,7 @@ from neft.scoring.taylor import Taylor
 from neft.scoring.weight import Weight
 
 SCORERS: dict[str, type[Scorer]] = {
-    scorer.name: scorer for scorer in (Taylor, Fisher, Activation, Weight, Similarity, Random)
+    scorer.name: scorer for scorer in (Taylor, Fisher, Activation, Weight, Similarity, Keystone, Random)
 }
 
 __all__ = ["SCORERS", "Scorer", "Scores"]

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.neurons import NeuronSpace, Site
@@ -25,7 +26,14 @@ class Fisher:
     name: ClassVar[str] = "fisher"
     needs_data: ClassVar[bool] = True
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         totals = {site.name: torch.zeros(site.size) for site in space.sites}
         examples = sum(len(batch["input_ids"]) for batch in batches)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.neurons import NeuronSpace
@@ -21,6 +22,13 @@ class Random:
     name: ClassVar[str] = "random"
     needs_data: ClassVar[bool] = False
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         generator = torch.Generator().manual_seed(seed)
         return Scores(space, {site.name: torch.rand(site.size, generator=generator) for site in space.sites})

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.errors import FailedError, InputError
@@ -68,11 +69,19 @@ class Scorer(Protocol):
     #: Whether `batches` is read at all.
     needs_data: ClassVar[bool]
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         """Score every neuron of `space`; `model` is left as it was, bit for bit.
 
         Args:
             model: a transformers model that returns a loss when given labels.
+            tokenizer: the model's own, for scorers that read text of their own.
             batches: `input_ids`, `attention_mask` and `labels` (batch, tokens); padding and prompt are labelled -100.
             seed: for scorers that draw at random.
         """

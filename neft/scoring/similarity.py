@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.neurons import NeuronSpace
@@ -35,7 +36,14 @@ class Similarity:
         check_count(self.name, steps=self.steps)
         check_positive(self.name, learning_rate=self.learning_rate)
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         parameters = dict(model.named_parameters())
         trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.neurons import NeuronSpace, Site
@@ -26,7 +27,14 @@ class Taylor:
     name: ClassVar[str] = "taylor"
     needs_data: ClassVar[bool] = True
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         totals = {site.name: torch.zeros(site.size) for site in space.sites}
         counts = dict.fromkeys(totals, 0)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.neurons import NeuronSpace
@@ -21,7 +22,14 @@ class Weight:
     name: ClassVar[str] = "weight"
     needs_data: ClassVar[bool] = False
 
-    def score(self, model: nn.Module, space: NeuronSpace, batches: Sequence[Batch], seed: int) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        space: NeuronSpace,
+        batches: Sequence[Batch],
+        seed: int,
+    ) -> Scores:
         squares = summed_over_weights(
             model, space, lambda module: model.get_parameter(f"{module}.weight").detach().double().square()
         )

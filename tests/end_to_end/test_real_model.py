@@ -53,7 +53,7 @@ def test_a_task_is_learnt_and_nothing_else_moves(film: Task) -> None:
     model, tokenizer = load_base(str(ROOT / ".neft" / "demo" / "model"))
     base = state_digest(model)
     space = NeuronSpace.from_model(model)
-    scores = SCORERS["taylor"]().score(model, space, list(batches(tokenizer, film.train[:16], 8, 128)), 0)
+    scores = SCORERS["taylor"]().score(model, tokenizer, space, list(batches(tokenizer, film.train[:16], 8, 128)), 0)
     neurons = select(scores, Budget(neurons=0.1)).neurons
     audit = Audit(model, neurons)
     peft_model = get_peft_model(model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))

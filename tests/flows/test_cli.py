@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,38 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from flows import cli
+from tests.command import Neft
 from tests.learnt import Learnt
 from tests.tiny import write_stream
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Neft = Callable[..., Outcome]
-
-
-@pytest.fixture
-def neft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Neft:
-    """Run `neft ARGUMENTS` in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["neft", *map(str, arguments)])
-        monkeypatch.setattr(cli, "_debug", False)
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

@@ -152,6 +152,28 @@ def test_a_models_name_is_a_path_when_it_looks_like_one_or_the_folder_is_there(
     assert local or found == name
 
 
+@pytest.mark.parametrize("key", ["scorer", "protection"])
+def test_a_strategys_file_is_relative_to_the_config_and_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    choice = {"name": "keystone", "rho": 0.05, "prompts": "mine.yaml"}
+    path = written(tmp_path / "deep", changed((f"method.{key}", choice)))
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    gone = tmp_path / "deep" / "mine.yaml"
+    assert str(caught.value) == (
+        f"{path}: method.{key}: option 'prompts' of 'keystone': no such file: {gone}; give a YAML file of prompts"
+    )
+    gone.write_text("maths: '1 + 1 ='\ncode: 'def'\n")
+    config = load_config(path)
+    assert getattr(config.method, key) == choice | {"prompts": str(gone)}
+    # The flow gets the config as JSON, in a process whose working directory may be another.
+    monkeypatch.chdir("/")
+    assert validate_config(config.model_dump(mode="json"), "x") == config
+
+
 # --set
 
 
@@ -298,6 +320,14 @@ def test_all_mistakes_are_said_at_once_each_with_its_place_and_value() -> None:
         ([("model.dtype", "float64")], "model.dtype: "),
         ([("model.neurons", {"ffn": [{"up": "a"}]})], "key 'model.neurons.ffn.0.down' is missing; give it a value"),
         ([("method.scorer", {"name": ["taylor"]})], "method.scorer: unknown scorer ['taylor']"),
+        (
+            [("method.scorer", {"name": "keystone", "rho": 2})],
+            "method.scorer: option 'rho' of 'keystone' is 2; it must",
+        ),
+        (
+            [("method.protection", {"name": "keystone", "only": 1})],
+            "method.protection: option 'only' of 'keystone' is 1",
+        ),
     ],
 )
 def test_each_mistake_is_one_line(changes: list[tuple[str, Any]], line: str) -> None:
@@ -339,3 +369,19 @@ def test_a_config_is_frozen() -> None:
     assert isinstance(config, StreamConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+def test_evaluation_takes_trainings_length_where_it_names_none() -> None:
+    assert validate_config(changed(("training.max_length", 77)), "x").evaluation_spec.max_length == 77
+    both = changed(("training.max_length", 77), ("evaluation.max_length", 88), ("evaluation.batch_size", 3))
+    assert validate_config(both, "x").evaluation_spec.max_length == 88
+    assert validate_config(both, "x").evaluation_spec.batch_size == 3
+
+
+@pytest.mark.parametrize("key", ["training.max_length", "evaluation.max_length"])
+def test_a_length_beyond_the_models_positions_is_refused(key: str) -> None:
+    config = validate_config(changed(("training.max_length", 60), (key, 65)), "x")
+    with pytest.raises(InputError, match=rf"{key} is 65, but the model has 64 positions; lower it to that"):
+        config.check_lengths(64)
+    config.check_lengths(65)
+    config.check_lengths(None)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neft.baselines import BASELINES
 from neft.errors import InputError
+from neft.keystone import DEFAULT_PROMPTS
 from neft.protection import POLICIES
 from neft.scoring import SCORERS
 from neft.scoring.similarity import Similarity
-from neft.strategies import build
+from neft.strategies import anchored, build, contents
 
 FAMILIES: dict[str, dict[str, type[Any]]] = {"scorer": SCORERS, "protection policy": POLICIES, "baseline": BASELINES}
 
@@ -41,7 +43,7 @@ def test_the_choice_itself_is_not_changed() -> None:
     ("role", "choice", "words"),
     [
         ("scorer", "tailor", "unknown scorer 'tailor'; did you mean 'taylor'?"),
-        ("scorer", "xyz", "known: activation, fisher, random, similarity, taylor, weight"),
+        ("scorer", "xyz", "known: activation, fisher, keystone, random, similarity, taylor, weight"),
         ("scorer", {"steps": 3}, "unknown scorer None"),
         ("scorer", {"name": ["taylor"]}, "unknown scorer ['taylor']"),
         ("scorer", {"name": "taylor", "steps": 3}, "'taylor' has no option 'steps'; it has no options"),
@@ -65,3 +67,55 @@ def test_the_choice_itself_is_not_changed() -> None:
 def test_a_wrong_word_is_refused_with_a_hint(role: str, choice: Any, words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         build(role, FAMILIES[role], choice)
+
+
+# Options that name files
+
+
+def write_prompts(path: Path, maths: str = "1 + 1 =") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"maths: '{maths}'\ncode: 'def'\n")
+    return path
+
+
+def test_text_becomes_a_path(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "mine.yaml")
+    for choice in (str(path), path):
+        assert build("scorer", SCORERS, {"name": "keystone", "prompts": choice}).prompts == path  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"option 'prompts' of 'keystone' is \['a'\]; it must be the path"):
+        build("scorer", SCORERS, {"name": "keystone", "prompts": ["a"]})
+
+
+def test_relative_paths_are_anchored_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+
+    def prompts(given: Any) -> Any:
+        choice = anchored(SCORERS, {"name": "keystone", "rho": 0.1, "prompts": given}, tmp_path / "here")
+        assert isinstance(choice, dict) and choice["rho"] == 0.1 and choice["name"] == "keystone"
+        return choice["prompts"]
+
+    assert prompts("mine.yaml") == str(tmp_path / "here" / "mine.yaml")
+    assert prompts("../mine.yaml") == str(tmp_path / "mine.yaml")
+    assert prompts("/data/mine.yaml") == "/data/mine.yaml"
+    assert prompts("~/mine.yaml") == str(tmp_path / "me" / "mine.yaml")
+    assert prompts(3) == 3
+
+
+@pytest.mark.parametrize(
+    "choice", ["taylor", "keystone", {"name": "keystone"}, {"name": "similarity", "steps": 3}, {"name": ["x"]}, {}]
+)
+def test_a_choice_without_paths_stays_as_it_is(choice: Any) -> None:
+    assert anchored(SCORERS, choice, Path("/somewhere")) == choice
+
+
+def test_the_contents_of_files_tell_strategies_apart_and_their_names_do_not(tmp_path: Path) -> None:
+    first, same, other = (
+        contents(build("scorer", SCORERS, {"name": "keystone", "prompts": write_prompts(tmp_path / place, maths)}))
+        for place, maths in (("a/p.yaml", "1 + 1 ="), ("b/q.yaml", "1 + 1 ="), ("c/p.yaml", "2 + 2 ="))
+    )
+    assert list(first) == ["prompts"]
+    assert first == same != other
+    assert contents(build("scorer", SCORERS, "taylor")) == {}
+    assert contents(build("scorer", SCORERS, "keystone")) == contents(
+        build("protection policy", POLICIES, {"name": "keystone", "prompts": DEFAULT_PROMPTS})
+    )
