@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo demo-compare demo-data test test-slow lint docs
+.PHONY: help demo demo-compare demo-data test test-slow test-quantised lint docs
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make demo-compare  the same stream by plain sequential fine-tuning, beside it"
 	@echo "make test          lint, types and the fast tests"
 	@echo "make test-slow     the tests on the real model and data"
+	@echo "make test-quantised  the tests on quantised base models (bitsandbytes, torchao)"
 	@echo "make docs          write the generated pages of docs/ anew"
 
 # pip, not uv: it finds a torch wheel that the machine may hold on disk. Every version is pinned in constraints.txt.
@@ -42,5 +43,12 @@ test: lint
 test-slow: demo-data
 	$(BIN)/pytest -m slow
 
+# In a folder of their own, for these two make every import of peft slower, and loud.
+test-quantised: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target .venv/quantised bitsandbytes torchao
+	PYTHONPATH=.venv/quantised $(BIN)/pytest tests/neft/test_quantised.py
+
 docs: $(INSTALLED)
 	$(BIN)/python -m flows.reference docs/config.md
+	$(BIN)/python -m benchmarks.page

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -65,6 +65,23 @@ class Site:
     kind: Kind
     size: int
     parts: tuple[Part, ...]
+
+    @property
+    def stack(self) -> str:
+        """Name of the list of layers that the site stands in (`model.layers`, `encoder.block`), empty without one."""
+        return self._place[0]
+
+    @property
+    def layer(self) -> int:
+        """The number of its layer in the stack, from 0 at the model's input; 0 where layers have no numbers."""
+        return self._place[1]
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        """What is numbered first in a module's name is the layer; T5 numbers the parts of a layer too, after it."""
+        names = self.name.split(".")
+        place = next((place for place, name in enumerate(names) if name.isdecimal()), None)
+        return ("", 0) if place is None else (".".join(names[:place]), int(names[place]))
 
     @property
     def neuron_parameters(self) -> int:
@@ -359,7 +376,15 @@ def _unique_parameters(model: nn.Module) -> int:
         for name in module.adapter_layer_names
         for parameter in getattr(module, name).parameters()
     }
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in adapters)
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # A quantised weight may hold several of the matrix's values in each of its elements.
+            if isinstance(module, nn.Linear) and name == "weight":
+                sizes[id(parameter)] = module.out_features * module.in_features
+            else:
+                sizes[id(parameter)] = parameter.numel()
+    return sum(size for parameter, size in sizes.items() if parameter not in adapters)
 
 
 def _sites_of_kind(kind: Kind, modules: Mapping[str, nn.Module], anatomy: Anatomy, config: Any) -> list[Site]:
@@ -393,15 +418,18 @@ def _prefixes(modules: Mapping[str, nn.Module], *endings: str | None) -> list[st
 
 
 def matrix_shape(name: str, module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a module's weight matrix.
+    """(out, in) of a module's weight matrix, however it is stored.
 
     Raises:
-        InputError: the module has no plain weight matrix (it is quantised, or no linear layer).
+        InputError: the module has no weight matrix (it is no linear layer).
     """
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise InputError(f"module {name!r} ({type(module).__name__}) has no plain weight matrix to take neurons from")
-    out, inner = weight.shape
+    linear = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    if not linear or isinstance(module, nn.Embedding):
+        raise InputError(f"module {name!r} ({type(module).__name__}) has no weight matrix to take neurons from")
+    out, inner = cast(torch.Tensor, weight).shape
     return (inner, out) if isinstance(module, Conv1D) else (out, inner)
 
 

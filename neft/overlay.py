@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,8 +28,39 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The values of a linear module's weight; a copy, dequantised, where it is stored quantised."""
-    return cast(torch.Tensor, dequantize_module_weight(module)).detach()
+    """The values of a linear module's weight; a copy where it is stored quantised or sharded.
+
+    Raises:
+        InputError: bitsandbytes has packed the weight for inference on the CPU, which loses its values.
+    """
+    if getattr(getattr(weight_of(module), "quant_state", None), "packing_format_for_cpu", False):
+        raise InputError(
+            "bitsandbytes has packed the weights for inference on the CPU, so rows cannot be read from them; load the "
+            "model anew, and add the adapter before the first forward"
+        )
+    if type(weight_of(module)).__name__ == "Int8Params":
+        return _eight_bit_weight(module)
+    # Imported here, since importing PEFT imports `neft.tuner`, which needs this module.
+    from peft.utils.integrations import dequantize_module_weight
+
+    return whole(cast(torch.Tensor, dequantize_module_weight(module)).detach())
+
+
+def _eight_bit_weight(module: nn.Module) -> torch.Tensor:
+    """The values of an 8-bit weight of bitsandbytes, whose row maxima move to `state` at its first forward.
+
+    PEFT's function loses them on the CPU (0.21.2): it sets the weight anew.
+    """
+    weight: Any = weight_of(module)
+    state: Any = module.state
+    maxima: torch.Tensor = state.SCB if weight.SCB is None else weight.SCB
+    return weight.detach().float() * (maxima.to(weight.device) / 127)[:, None]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself or, where processes hold a shard of it each, all of it; every process must ask."""
+    gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
 
 
 def dense_dtype(module: nn.Module) -> torch.dtype:
@@ -48,20 +79,38 @@ def storage_dim(module: nn.Module, side: Side) -> int:
     return int(isinstance(module, Conv1D)) ^ int(side == "column")
 
 
-def read_rows(module: nn.Module, side: Side, index: torch.Tensor) -> torch.Tensor:
-    """A copy of the rows or columns `index` (k,) of a module's weight: (k, d), each one neuron's vector."""
-    dim = storage_dim(module, side)
-    picked = dense_weight(module).index_select(dim, index)
-    return picked if dim == 0 else picked.T.contiguous()
+def read_stored(module: nn.Module, side: Side, index: torch.Tensor) -> torch.Tensor:
+    """A copy of the rows or columns `index` (k,) of a module's weight, the way round in which it is stored."""
+    weight = dense_weight(module)
+    return weight.index_select(0, index) if storage_dim(module, side) == 0 else columns(weight, index)
 
 
 @torch.no_grad()
+def write_stored(module: nn.Module, side: Side, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Write what `read_stored` gave, or the like, over the rows or columns `index` (k,) of a module's weight."""
+    weight_of(module).index_copy_(storage_dim(module, side), index, values)
+
+
+def read_rows(module: nn.Module, side: Side, index: torch.Tensor) -> torch.Tensor:
+    """A copy of the rows or columns `index` (k,) of a module's weight: (k, d), each one neuron's vector."""
+    picked = read_stored(module, side, index)
+    return picked if storage_dim(module, side) == 0 else picked.T.contiguous()
+
+
 def write_rows(module: nn.Module, side: Side, index: torch.Tensor, values: torch.Tensor) -> None:
     """Write `values` (k, d) over the rows or columns `index` (k,) of a module's weight, in the weight's dtype."""
-    dim, weight = storage_dim(module, side), weight_of(module)
-    values = values.to(device=weight.device, dtype=weight.dtype)
+    weight = weight_of(module)
+    values = values.detach().to(device=weight.device, dtype=weight.dtype)
     # Columns lie apart in memory: turning the values first halves the time of writing them.
-    weight.index_copy_(dim, index, values if dim == 0 else values.T.contiguous())
+    write_stored(module, side, index, values if storage_dim(module, side) == 0 else values.T.contiguous())
+
+
+def columns(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Columns `index` (k,) of `values` (..., d), as (..., k)."""
+    if values.device.type == "cpu":
+        # There `index_select` along the last dimension runs on one core.
+        return values.gather(-1, index.expand(*values.shape[:-1], -1))
+    return values.index_select(-1, index)
 
 
 @dataclass(frozen=True)
@@ -76,7 +125,7 @@ class Change:
 def unite(
     changes: Sequence[Change], shared: Shared, originals: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several changes of the same weight as one: sorted positions (u,) and rows (u, d).
+    """Several changes of the same weight as one: sorted positions (u,) and rows (u, d), in the changes' dtype.
 
     Rows that one change alone has, with weight 1, are taken over bit for bit. A weight w stands for the row
     `base + w (row - base)`, as task arithmetic has it (arXiv 2212.04089).
@@ -105,7 +154,7 @@ def unite(
     if shared in ("mean", "sum"):
         divisor = owners[many, None] if shared == "mean" else 1
         rows[many] = base[many] + total[many] / divisor
-    return positions, rows
+    return positions, rows.to(reduce(torch.promote_types, (change.rows.dtype for change in changes)))
 
 
 @dataclass(frozen=True)

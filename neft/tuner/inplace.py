@@ -12,17 +12,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from neft.neurons import Side
+from neft.overlay import columns
 
 if TYPE_CHECKING:
     from neft.tuner.layer import NeftLinear
-
-
-def columns(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns `index` (k,) of `values` (..., d), as (..., k)."""
-    if values.device.type == "cpu":
-        # There `index_select` along the last dimension runs on one core.
-        return values.gather(-1, index.expand(*values.shape[:-1], -1))
-    return values.index_select(-1, index)
 
 
 def row_gradient(side: Side, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -19,14 +19,27 @@ from torch import nn
 
 from neft.errors import InputError
 from neft.neurons import ModuleRows, Side, matrix_shape
-from neft.overlay import dense_dtype, is_plain, read_rows, storage_dim, weight_of, write_rows
-from neft.tuner.inplace import InplaceLinear, TracedLinear, columns
+from neft.overlay import (
+    columns,
+    dense_dtype,
+    is_plain,
+    read_rows,
+    read_stored,
+    storage_dim,
+    weight_of,
+    write_rows,
+    write_stored,
+)
+from neft.tuner.inplace import InplaceLinear, TracedLinear
 
 #: How an adapter's rows take part in forward.
 Path = Literal["inplace", "side"]
 
 #: Name, in `adapter_names`, of the model without any adapter.
 BASE = "__base__"
+
+#: Stands for the version of a weight that only a compiled forward has written since it was last looked at.
+_COMPILED = -2
 
 
 class _Version(NamedTuple):
@@ -38,7 +51,7 @@ class _Version(NamedTuple):
 
 
 class _Laid(NamedTuple):
-    """An adapter whose rows are in the base weight now, the version of them, and what they replaced."""
+    """An adapter whose rows are in the base weight now, the version of them, and what they replaced, as stored."""
 
     adapter: str
     version: _Version
@@ -53,6 +66,9 @@ class NeftLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, path: Path = "inplace", **kwargs: Any) -> None:
         self.base_layer = base_layer
+        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+            # In inference bitsandbytes would else pack 4-bit weights anew, with a loss, so that rows cannot be read.
+            vars(base_layer)["support_avx512bf16_for_cpu"] = False
         self.path = path
         self.neft_rows = nn.ParameterDict({})
         self.neft_positions = BufferDict({}, persistent=True)
@@ -66,6 +82,8 @@ class NeftLayer(BaseTunerLayer):
         self._laid: list[_Laid] = []
         self._weight_version = -1
         self._checked: set[str] = set()
+        #: The adapters that are laid on and not in training, once they are: inference needs no more than a look.
+        self._settled: tuple[str, ...] | None = None
         self.out_features, self.in_features = matrix_shape(type(base_layer).__name__, base_layer)
 
     def update_layer(
@@ -95,7 +113,7 @@ class NeftLayer(BaseTunerLayer):
         self.sides[adapter_name] = side
         self.neft_positions[adapter_name] = positions
         self.neft_rows[adapter_name] = nn.Parameter(rows, requires_grad=True)
-        self._checked.discard(adapter_name)
+        self._forget()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -160,9 +178,22 @@ class NeftLayer(BaseTunerLayer):
             if place < len(self._laid):
                 self._laid[place] = self._laid[place]._replace(version=version)
             else:
-                self._laid.append(_Laid(name, version, read_rows(base, side, positions)))
+                self._laid.append(_Laid(name, version, read_stored(base, side, positions)))
             write_rows(base, side, positions, self.neft_rows[name].detach())
         self._weight_version = weight._version
+        self._settled = None if self._is_trained(adapters) else adapters
+
+    def _is_as_laid(self) -> bool:
+        """Whether nobody has written the base weight, or the rows laid on it, since; and they are not in training."""
+        weight = self.base_layer.weight
+        if not isinstance(weight, torch.Tensor) or weight._version != self._weight_version:
+            return False
+        return all(self._rows_version(laid.adapter) == laid.version for laid in self._laid)
+
+    def _forget(self) -> None:
+        """Look anew at positions, and at the base's rows, when they are next needed."""
+        self._checked.clear()
+        self.neft_originals.clear()
 
     def originals(self, adapter: str) -> torch.Tensor:
         """What the base weight itself holds in the adapter's rows, (k, d), dequantised; merged rows count as base."""
@@ -204,16 +235,19 @@ class NeftLayer(BaseTunerLayer):
     def restore(self) -> None:
         """Give the base weight back, bit for bit, as it was before the active adapters were laid on it."""
         base = self.get_base_layer()
-        written = weight_of(base)._version != self._weight_version
+        self._settled = None
+        if self._laid:
+            self._check_writable()
+        written = self._weight_version not in (_COMPILED, weight_of(base)._version)
         while self._laid:
             name, _, originals = self._laid.pop()
             side, positions = self.sides[name], self.neft_positions[name]
             if written:
                 # Somebody wrote the base weight meanwhile: rows that are not the adapter's any more are the base now.
                 there, rows = read_rows(base, side, positions), self.neft_rows[name].detach()
-                still = (there == rows.to(there)).all(dim=1)
-                positions, originals = positions[still], originals[still]
-            write_rows(base, side, positions, originals)
+                still = (there == rows.to(there)).all(dim=1).nonzero().squeeze(-1)
+                positions, originals = positions[still], originals.index_select(storage_dim(base, side), still)
+            write_stored(base, side, positions, originals)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -256,6 +290,14 @@ class NeftLinear(nn.Module, NeftLayer):
     def forward(self, x: torch.Tensor, adapter_names: Sequence[str] | None = None) -> torch.Tensor:
         if adapter_names is not None:
             return self._mixed(x, adapter_names)
+        # Decoding calls this for every token and layer, so it does nothing there that it need not.
+        if (
+            self._settled is not None
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and (torch.compiler.is_compiling() or self._is_as_laid())
+        ):
+            result: torch.Tensor = self.base_layer(x)
+            return result
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters: tuple[str, ...] = ()
@@ -283,20 +325,20 @@ class NeftLinear(nn.Module, NeftLayer):
         """Each example of the batch with its own adapter; `__base__` is the model without any."""
         if self.merged:
             raise InputError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
-        # Some models flatten batch and tokens before the feed-forward block.
-        examples = x.unflatten(0, (len(adapter_names), -1)) if x.ndim == 2 else x
-        if len(examples) != len(adapter_names):
+        if len(x) % len(adapter_names):
             raise InputError(
-                f"adapter_names has {len(adapter_names)} names for a batch of {len(examples)}; give one per example"
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}; give one per example"
             )
+        # Beam search repeats every example, and some models flatten batch and tokens before the feed-forward block.
+        examples = x.unflatten(0, (len(adapter_names), -1))
         self.restore()
-        result = self.dense(examples)
+        result = self.dense(x).unflatten(0, examples.shape[:2])
         for name in dict.fromkeys(adapter_names):
             if name in self.neft_rows:
                 mine = torch.tensor([place for place, other in enumerate(adapter_names) if other == name]).to(x.device)
                 changed = self.with_change(name, examples[mine], result[mine])
                 result = result.index_copy(0, mine, changed)
-        return result.reshape(*x.shape[:-1], -1)
+        return result.flatten(0, 1)
 
     def _traced(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """Forward as `torch.compile` sees it, once the adapter has been laid on: no state but tensors."""
@@ -304,6 +346,7 @@ class NeftLinear(nn.Module, NeftLayer):
         weight, rows, index = weight_of(base), self.neft_rows[adapter], self.neft_positions[adapter]
         with torch.no_grad():
             write_rows(base, self.sides[adapter], index, rows)
+        self._weight_version = _COMPILED
         matrix = weight if storage_dim(base, "row") == 0 else weight.T
         return TracedLinear.apply(x, matrix, base.bias, rows, index, self.sides[adapter])
 
@@ -376,11 +419,12 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore()
-        self._checked.clear()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.restore()
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def __repr__(self) -> str:

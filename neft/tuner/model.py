@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,11 +11,12 @@ from typing import Any, cast, get_args
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from neft.errors import InputError, nearest
 from neft.neurons import ModuleRows, NeuronSet, Side
-from neft.overlay import Change, Overlay, Shared, dense_dtype, unite
+from neft.overlay import Change, Overlay, Shared, dense_dtype, unite, whole
 from neft.tuner.config import NeftConfig
 from neft.tuner.layer import BASE, NeftLinear, Path
 
@@ -75,13 +76,25 @@ class NeftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """
         Raises:
-            InputError: a module that the config names is not in the model.
+            InputError: a module that the config names is not in the model, or shares its weight with another.
         """
         config = cast(NeftConfig, self.peft_config[adapter_name])
         missing = sorted((config.rows.keys() | config.columns.keys()) - {name for name, _ in model.named_modules()})
         if missing:
             raise InputError(f"the model has no module {missing[0]!r}: the neurons belong to another model")
+        _check_untied(model, config.rows.keys() | config.columns.keys())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT makes a new, trainable parameter of what it casts; here what was frozen stays so."""
+        frozen = [
+            layer
+            for _, layer in self._layers()
+            if adapter_name in layer.neft_rows and not layer.neft_rows[adapter_name].requires_grad
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in frozen:
+            layer.neft_rows[adapter_name].requires_grad_(False)
 
     def add_weighted_adapter(
         self,
@@ -117,7 +130,7 @@ class NeftModel(BaseTuner):
                 united[name] = (sides.pop(), *unite(changes, combination_type, partial(layer.base_rows, held[0][0])))
             except InputError as error:
                 raise InputError(f"module {name!r}: {error}") from error
-        self._add_united(adapter_name, cast(NeftConfig, self.peft_config[adapters[0]]), united)
+        self._add_united(adapter_name, adapters, united)
 
     def _check_union(
         self, adapters: Sequence[str], adapter_name: str, weights: Sequence[float], combination_type: str
@@ -127,6 +140,10 @@ class NeftModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise InputError(f"unknown adapter {name!r}; {nearest(name, self.peft_config)}")
+            if cast(NeftConfig, self.peft_config[name]).modules_to_save:
+                raise InputError(f"adapter {name!r} has modules_to_save, which cannot be united; merge it instead")
+        if any(layer.merged for _, layer in self._layers()):
+            raise InputError("adapters cannot be united while some are merged; call unmerge_adapter() first")
         if adapter_name in self.peft_config:
             raise InputError(f"there is an adapter {adapter_name!r} already; choose another name")
         if combination_type not in get_args(Shared):
@@ -135,10 +152,16 @@ class NeftModel(BaseTuner):
             )
 
     def _add_united(
-        self, adapter_name: str, like: NeftConfig, united: Mapping[str, tuple[Side, torch.Tensor, torch.Tensor]]
+        self,
+        adapter_name: str,
+        adapters: Sequence[str],
+        united: Mapping[str, tuple[Side, torch.Tensor, torch.Tensor]],
     ) -> None:
+        configs = [cast(NeftConfig, self.peft_config[name]) for name in adapters]
+        spaces = {config.space for config in configs}
         config = replace(
-            like,
+            configs[0],
+            space=spaces.pop() if len(spaces) == 1 else None,
             rows={name: len(index) for name, (side, index, _) in united.items() if side == "row"},
             columns={name: len(index) for name, (side, index, _) in united.items() if side == "column"},
         )
@@ -147,8 +170,7 @@ class NeftModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for name, layer in self._layers():
             if name in united:
-                with torch.no_grad():
-                    layer.neft_rows[adapter_name].copy_(united[name][2])
+                layer.neft_rows[adapter_name] = nn.Parameter(united[name][2], requires_grad=False)
 
     def _layers(self) -> Iterator[tuple[str, NeftLinear]]:
         """The NEFT layers, by the names that their modules have in the base model."""
@@ -159,6 +181,7 @@ class NeftModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's way of handing `adapter_names` of a mixed batch to the layers, in `forward` and `generate`."""
+        self._check_sharding()
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -171,18 +194,33 @@ class NeftModel(BaseTuner):
                 raise InputError(
                     f"unknown adapter {name!r} in adapter_names; {nearest(name, [*self.peft_config, BASE])}"
                 )
-        beams = kwargs.get("num_beams") or 1
-        handles = []
-        for name, layer in self._layers():
-            # Beam search repeats every example in a row; of an encoder-decoder model, the decoder's alone.
-            encoder = getattr(self.model.config, "is_encoder_decoder", False) and name.split(".")[0] == "encoder"
-            each = names if encoder else [name for name in names for _ in range(beams)]
-            handles.append(layer.register_forward_pre_hook(partial(_hand_over, each), with_kwargs=True))
+        # What `generate` is given is seen here, and what `forward` is given on its way to the model.
+        _check_batch(names, self, args, kwargs)
+        handles = [self.register_forward_pre_hook(partial(_check_batch, names), with_kwargs=True)]
+        for module in self.model.modules():
+            if isinstance(module, NeftLinear | AuxiliaryTrainingWrapper):
+                handles.append(module.register_forward_pre_hook(partial(_hand_over, names), with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_sharding(self) -> None:
+        """
+        Raises:
+            InputError: FSDP2 shards layers of the `inplace` path: it forgets what is written into a gathered weight.
+        """
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = any(isinstance(module, FSDPModule) for module in self.modules())
+        if sharded and any(layer.path == "inplace" for _, layer in self._layers()):
+            raise InputError(
+                "path 'inplace' cannot keep rows in weights that are sharded; leave them beside the weights with "
+                "NeftConfig.from_neurons(..., path='side')"
+            )
 
     def overlay(self, neurons: NeuronSet, adapter_name: str = "default") -> Overlay:
         """The trained rows of `neurons`, in the dtype of the weights that they stand in.
@@ -199,8 +237,40 @@ class NeftModel(BaseTuner):
             if layer.sides[adapter_name] != rows.side or not torch.equal(positions, torch.from_numpy(rows.positions)):
                 raise InputError(f"adapter {adapter_name!r} trains other {rows.side}s of module {name!r}")
             dtype = dense_dtype(layer.get_base_layer())
-            values[name] = layer.neft_rows[adapter_name].detach().to(dtype).cpu().clone()
+            values[name] = whole(layer.neft_rows[adapter_name].detach()).to(dtype).cpu().clone()
         return Overlay(neurons, values)
+
+
+def _check_untied(model: nn.Module, names: Collection[str]) -> None:
+    """
+    Raises:
+        InputError: one of the modules shares its weight with another, which would change with it unseen.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module._parameters.get("weight"), torch.Tensor):
+            owners.setdefault(id(module.weight), []).append(name.removesuffix(".base_layer"))
+    for tied in owners.values():
+        for name in names:
+            if name in tied and len(tied) > 1:
+                other = next(each for each in tied if each != name)
+                raise InputError(
+                    f"module {name!r} shares its weight with {other!r}, so neither can be trained alone; leave it out"
+                )
+
+
+#: Under these names a batch comes into a model or into `generate`.
+_BATCHES = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "attention_mask")
+
+
+def _check_batch(names: list[str], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: a batch is in the arguments, and it has not an example for every name.
+    """
+    for batch in (*args[:1], *(kwargs.get(name) for name in _BATCHES)):
+        if isinstance(batch, torch.Tensor) and len(batch) != len(names):
+            raise InputError(f"adapter_names has {len(names)} names for a batch of {len(batch)}; give one per example")
 
 
 def _hand_over(

@@ -523,7 +523,7 @@ def test_loaded_positions_are_checked(positions: list[int], valid: bool) -> None
             lambda: get_peft_model(tiny_model(), NeftConfig(rows={"model.layers.0.mlp.up_proj": 65})),
             "65 rows .* has 64",
         ),
-        (lambda: get_peft_model(tiny_model(), NeftConfig(rows={"model.norm": 1})), "no plain weight matrix"),
+        (lambda: get_peft_model(tiny_model(), NeftConfig(rows={"model.norm": 1})), "no weight matrix"),
     ],
 )
 def test_configs_that_fit_no_model_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -872,3 +872,34 @@ def test_no_weight_is_saved_and_no_dense_gradient_is_made(family: str, saved: li
     assert made.shapes
     assert not shapes & set(made.shapes)
     assert len(weights) == len(neurons.rows())
+
+
+def test_a_tied_weight_is_refused() -> None:
+    model = tiny_model("gemma")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(InputError, match=r"'lm_head' shares its weight with 'model.embed_tokens'"):
+        get_peft_model(model, NeftConfig(rows={"lm_head": 1}))
+
+
+def test_inference_does_not_look_at_what_is_settled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its rows are laid on and frozen, a layer goes straight to its product, until somebody writes either."""
+    model = tiny_model()
+    space = NeuronSpace.from_model(model)
+    peft_model = get_peft_model(model, NeftConfig.from_neurons(NeuronSet(space, {space.sites[0].name: [1, 5]})))
+    layer = next(module for module in peft_model.modules() if isinstance(module, NeftLinear))
+    peft_model.set_adapter("default", inference_mode=True)
+    x = torch.randn(2, layer.in_features)
+    first = layer(x)
+    calls: list[tuple[str, ...]] = []
+    lay = layer.lay
+    monkeypatch.setattr(layer, "lay", lambda adapters: (calls.append(adapters), lay(adapters))[1])
+    assert torch.equal(layer(x), first)
+    assert calls == []
+    with torch.no_grad():
+        layer.neft_rows["default"].add_(1)
+    assert not torch.equal(layer(x), first)
+    assert calls == [("default",)]
+    with torch.no_grad():
+        layer.get_base_layer().weight.mul_(2)
+    layer(x)
+    assert len(calls) == 2
