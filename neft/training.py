@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -30,9 +29,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from neft.encoding import IGNORED, encode
+from neft.encoding import encode
 from neft.errors import FailedError, InputError
 from neft.frozen_layers import FrozenLayers
+from neft.losses import completion_loss
 from neft.tasks import Example, Task
 from neft.training_spec import TrainingSpec
 
@@ -147,14 +147,9 @@ class _CompletionTrainer(SFTTrainer):
     ) -> Any:
         if self.args.device.type != "cpu" or return_outputs or self.label_smoother is not None or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = inputs["labels"][:, 1:]
-        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(-1)
-        read = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**read, use_cache=False, logits_to_keep=positions).logits.float()
-        targets = targets[:, positions]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss, count = completion_loss(model, inputs)
         if num_items_in_batch is None:
-            return loss / (targets != IGNORED).sum()
+            return loss / count
         # The count is that of all processes, whose gradients DDP then averages.
         return loss / num_items_in_batch * self.accelerator.num_processes
 

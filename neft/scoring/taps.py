@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neft.encoding import IGNORED, Batch
+from neft.losses import completion_loss, takes_positions
 from neft.neurons import NeuronSpace, Site
 
 #: Called for each site and batch with the activations (batch, tokens, neurons, repeats), the gradient of the summed
@@ -56,10 +57,25 @@ def run_tapped(
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             seen["tokens"] = inputs["attention_mask"].bool()
             seen["targets"] = inputs["labels"] != IGNORED
-            with torch.set_grad_enabled(backward):
-                loss = model(**inputs).loss
             if backward:
-                (loss * _target_count(model, inputs["labels"])).backward()
+                _summed_loss(model, inputs).backward()
+            else:
+                _run_body(model, inputs)
+
+
+def _summed_loss(model: nn.Module, inputs: Batch) -> torch.Tensor:
+    if takes_positions(model):
+        return completion_loss(model, inputs)[0]
+    return cast(torch.Tensor, model(**inputs).loss * _target_count(model, inputs["labels"]))
+
+
+@torch.no_grad()
+def _run_body(model: nn.Module, inputs: Batch) -> None:
+    """Forward, with as little of the head as the model allows: no activation that is tapped comes after it."""
+    if takes_positions(model):
+        model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False, logits_to_keep=1)
+    else:
+        model(**inputs)
 
 
 def _target_count(model: nn.Module, labels: torch.Tensor) -> int:
