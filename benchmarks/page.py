@@ -163,10 +163,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _selection(study: Result) -> Iterator[str]:
+    seeds = {key[2] for key in _figures(study, "score") if key[0] not in ("full", "untouched")}
     yield (
         f"SmolLM2-135M learns `{study['settings']['task']}` of the demo; scores are accuracies on "
         f"{study['evaluation_rows']} held-out rows (one row is {1 / study['evaluation_rows']:.3f}; always answering "
-        f"the commonest label scores {study['majority']:.3f}), {study['seeds']} seeds, mean with the range. A seed "
+        f"the commonest label scores {study['majority']:.3f}), {len(seeds)} seeds, mean with the range. A seed "
         "decides which examples are scored and learnt from, and their order. With so few rows and seeds, differences "
         "of a few points say nothing.\n"
     )

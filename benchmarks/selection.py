@@ -3,7 +3,8 @@
 For each scorer, budget and seed: the held-out score after training the set that the scorer chose, beside random sets
 and full fine-tuning. For each scorer: what a score pass costs beside a 500-step task, its peak memory beside that of
 training, and how much the sets of two disjoint samples overlap. `make demo-data` prepares model and data. Every figure
-is written as soon as it is measured, and a run that was stopped goes on where it stood; `--again` starts anew.
+is written as soon as it is measured: a run that was stopped goes on where it stood (`--again` starts anew), and
+processes with different `--seeds` or `--budgets` share the work.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from benchmarks.measure import RESULTS, ROOT, machine, peak_resident, write
+from benchmarks.measure import RESULTS, ROOT, machine, peak_resident
 from flows.config import load_config
 from neft.encoding import batches
 from neft.evaluation import EvaluationSpec, evaluate
@@ -40,9 +42,8 @@ from neft.training import train
 from neft.training_spec import TrainingSpec
 from neft.tuner import NeftConfig, NeftModel
 
-NAME = "selection"
 TASK = "bbc-topic"
-BUDGETS = (0.01, 0.03, 0.1, 0.3)
+BUDGETS = (0.1, 0.01, 0.3, 0.03)
 
 #: Examples that a scorer reads, for the study; and for the question of how many a stable choice needs.
 EXAMPLES = 96
@@ -61,16 +62,31 @@ _EPOCHS = _NEURONS.model_copy(update={"max_steps": None, "num_train_epochs": 3.0
 PLACES = {"all layers": (0, False), "upper half": (0.5, False), "upper half, cached": (0.5, True)}
 
 
-class Study:
-    """Model and task, and the figures so far."""
+_PATH = RESULTS / "selection.json"
+_SETTINGS = {
+    "task": TASK,
+    "examples": EXAMPLES,
+    "neurons": _NEURONS.model_dump(),
+    "full": _FULL.model_dump(),
+    "epochs": _EPOCHS.model_dump(),
+}
 
-    def __init__(self, result: dict[str, Any]):
-        self.result = result
+
+class Study:
+    """Model and task; the figures are in the file."""
+
+    def __init__(self) -> None:
         config = load_config(ROOT / "configs" / "demo.yaml")
         self.task = next(load_task(spec, config.seed) for spec in config.tasks if spec.name == TASK)
         model, self.tokenizer = load_base(config.model.name, "float32")
         self.model: PreTrainedModel = model
         self.space = NeuronSpace.from_model(model)
+        self.described = {
+            "machine": machine(torch.device("cpu")),
+            "settings": _SETTINGS,
+            "evaluation_rows": len(self.task.eval),
+            "majority": self.task.majority,
+        }
 
     def cost(self, scorer: str) -> None:
         """Processor time of a score pass, beside that of a training step; and the overlap of two samples' sets."""
@@ -181,12 +197,20 @@ class Study:
     def _score(self) -> float:
         return evaluate(self.model, self.tokenizer, self.task, EvaluationSpec(max_length=_LENGTH)).value
 
-    def _once(self, key: str, figure: Any) -> dict[str, Any]:
-        figures: dict[str, Any] = self.result["figures"]
+    def _once(self, key: str, figure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A figure from the file, else measured and added to it."""
+        figures = _kept()["figures"]
         if key not in figures:
-            figures[key] = figure()
-            (RESULTS / f"{NAME}.json").write_text(json.dumps(self.result, indent=1) + "\n")
+            measured = figure()
+            with FileLock(f"{_PATH}.lock"):
+                figures = _kept()["figures"] | {key: measured}
+                _PATH.write_text(json.dumps(self.described | {"figures": figures}, indent=1) + "\n")
         return cast(dict[str, Any], figures[key])
+
+
+def _kept() -> dict[str, Any]:
+    """The result on disk."""
+    return cast(dict[str, Any], json.loads(_PATH.read_text())) if _PATH.is_file() else {"figures": {}}
 
 
 def _samples(scorer: str) -> Sequence[int]:
@@ -201,7 +225,7 @@ def _memory_in_fresh_process(what: str) -> int:
 
 
 def _report_memory(what: str) -> None:
-    study = Study({"figures": {}})
+    study = Study()
     if what == "training":
         neurons = select(study.scores("random", (), seed=0), _TENTH).neurons
         study._learn(neurons, study.task, _NEURONS.model_copy(update={"max_steps": 6}), 0)
@@ -210,41 +234,33 @@ def _report_memory(what: str) -> None:
     print(peak_resident())
 
 
-def measure(seeds: int, again: bool) -> dict[str, Any]:
-    """All figures: costs first, then the scores, seed by seed."""
-    path = RESULTS / f"{NAME}.json"
-    kept = json.loads(path.read_text()) if path.is_file() and not again else {"figures": {}}
-    settings = {"task": TASK, "examples": EXAMPLES, "neurons": _NEURONS.model_dump(), "full": _FULL.model_dump()}
-    if kept.get("settings", settings) != settings:
-        sys.exit(f"benchmarks.selection: {path} holds figures of other settings; start anew with --again")
-    study = Study({"machine": machine(torch.device("cpu")), "settings": settings, "figures": kept["figures"]})
-    study.result["evaluation_rows"] = len(study.task.eval)
-    study.result["majority"] = study.task.majority
+def measure(seeds: Sequence[int], budgets: Sequence[float]) -> None:
+    """All figures: the scores, seed by seed, then the costs."""
+    study = Study()
     study.untouched()
-    cells = [(scorer, budget, seed) for seed in range(seeds) for budget in BUDGETS for scorer in SCORERS]
-    places = [(place, seed) for seed in range(seeds) for place in PLACES]
-    bar = tqdm(total=len(SCORERS) + len(cells) + len(places) + seeds, desc="selection", file=sys.stderr)
-    for scorer in SCORERS:
-        study.cost(scorer)
-        bar.update()
+    cells = [(scorer, budget, seed) for seed in seeds for budget in budgets for scorer in SCORERS]
+    places = [(place, seed) for seed in seeds for place in PLACES]
+    bar = tqdm(total=len(SCORERS) + len(cells) + len(places) + len(seeds), desc="selection", file=sys.stderr)
     for scorer, budget, seed in cells:
-        if (scorer, budget) == (next(iter(SCORERS)), BUDGETS[0]):
-            study.full_after(seed)
-            bar.update()
         study.score_after(scorer, budget, seed)
+        bar.update()
+    for seed in seeds:
+        study.full_after(seed)
         bar.update()
     for place, seed in places:
         study.upper_after(place, seed)
         bar.update()
+    for scorer in SCORERS:
+        study.cost(scorer)
+        bar.update()
     bar.close()
-    study.result["seeds"] = seeds
-    return study.result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budgets", type=float, nargs="+", choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     parser.add_argument("--memory-of", choices=["training", *SCORERS], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -253,7 +269,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.memory_of:
         _report_memory(arguments.memory_of)
         return
-    write(NAME, measure(arguments.seeds, arguments.again))
+    if arguments.again:
+        _PATH.unlink(missing_ok=True)
+    if _kept().get("settings", _SETTINGS) != _SETTINGS:
+        sys.exit(f"benchmarks.selection: {_PATH} holds figures of other settings; start anew with --again")
+    measure(arguments.seeds, arguments.budgets)
 
 
 if __name__ == "__main__":
