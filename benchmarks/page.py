@@ -35,6 +35,7 @@ def page() -> str:
     parts = [_HEAD, *_bars(), "## A training step\n", _TRAINING_TEXT]
     for name, command in _TRAININGS.items():
         parts += _training(name, command)
+    parts += _profile("profile-smollm2-135m-cpu", "python -m benchmarks.profile")
     parts += ["## An overlay in use\n", _SERVING_TEXT]
     for name, command in _SERVINGS.items():
         parts += _serving(name, command)
@@ -119,6 +120,24 @@ def _training(name: str, command: str) -> Iterator[str]:
     head = ["method", "s/step", "tokens/s", "time / frozen", "time / matched LoRA", "time / full", "peak MB"]
     head += ["memory / matched LoRA", "memory / full", "trained parameters", "optimiser MB", "checkpoint MB"]
     yield from _table(head, rows)
+    yield _machine(result)
+
+
+def _profile(name: str, command: str) -> Iterator[str]:
+    result = _read(name)
+    yield "### Where the time goes\n"
+    if result is None:
+        yield _missing(command)
+        return
+    yield (
+        f"Milliseconds a step that each operator takes itself, {result['shape']}, the same batches, under PyTorch's "
+        "profiler, which slows every step a little.\n"
+    )
+    rows = [
+        [f"`{operator}`", *(f"{taken[method]:.0f}" for method in ("frozen", "neft"))]
+        for operator, taken in [*result["milliseconds"].items(), ("all", result["total"])]
+    ]
+    yield from _table(["operator", "frozen", "neft"], rows)
     yield _machine(result)
 
 
@@ -222,7 +241,7 @@ def _costs(study: Result) -> Iterator[str]:
                     read,
                     f"{figures['cpu_seconds']:.1f}",
                     f"{figures['to_task']:.1%}",
-                    f"{figures['overlap']:.2f}",
+                    "-" if figures["overlap"] is None else f"{figures['overlap']:.2f}",
                     f"{memory[(scorer,)]['peak_memory_bytes'] / training:.2f}",
                 ]
             )

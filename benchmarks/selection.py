@@ -46,21 +46,24 @@ TASK = "bbc-topic"
 BUDGETS = (0.1, 0.01, 0.3, 0.03)
 
 #: Examples that a scorer reads, for the study; and for the question of how many a stable choice needs.
-EXAMPLES = 96
-SAMPLES = (24, 48, 96)
+EXAMPLES = 48
+SAMPLES = (24, 48)
 
 #: Steps of the task whose time a score pass is compared with.
 TASK_STEPS = 500
 
-_BATCH, _LENGTH = 8, 128
+_BATCH, _LENGTH = 4, 128
 _TENTH = Budget(neurons=0.1)
-_NEURONS = TrainingSpec(max_steps=20, learning_rate=3e-4, max_length=_LENGTH, per_device_train_batch_size=_BATCH)
+_NEURONS = TrainingSpec(max_steps=16, learning_rate=3e-4, max_length=_LENGTH, per_device_train_batch_size=_BATCH)
 _FULL = _NEURONS.model_copy(update={"learning_rate": 2e-5})
 
 #: For the upper half of the layers against all of them: few examples over several epochs, where caching pays.
 _EPOCHS = _NEURONS.model_copy(update={"max_steps": None, "num_train_epochs": 3.0})
 PLACES = {"all layers": (0, False), "upper half": (0.5, False), "upper half, cached": (0.5, True)}
 
+
+#: Scorers that fine-tune the whole model, which come last.
+_COSTLY = ("similarity",)
 
 _PATH = RESULTS / "selection.json"
 _SETTINGS = {
@@ -102,12 +105,10 @@ class Study:
             start = time.process_time()
             scores = self.scores(scorer, first, seed=0)
             seconds = time.process_time() - start
-            chosen, other = (select(each, _TENTH).neurons for each in (scores, self.scores(scorer, second, seed=1)))
-            measured[str(count)] = {
-                "cpu_seconds": seconds,
-                "to_task": seconds / (TASK_STEPS * step),
-                "overlap": len(chosen & other) / len(chosen),
-            }
+            measured[str(count)] = {"cpu_seconds": seconds, "to_task": seconds / (TASK_STEPS * step), "overlap": None}
+            if SCORERS[scorer].needs_data and scorer not in _COSTLY:
+                chosen, other = (select(each, _TENTH).neurons for each in (scores, self.scores(scorer, second, seed=1)))
+                measured[str(count)]["overlap"] = len(chosen & other) / len(chosen)
         return measured
 
     def _step_seconds(self) -> float:
@@ -215,7 +216,7 @@ def _kept() -> dict[str, Any]:
 
 def _samples(scorer: str) -> Sequence[int]:
     """How many examples to try; `similarity` goes round them for its steps, and others read none of the task's."""
-    return SAMPLES if SCORERS[scorer].needs_data and scorer != "similarity" else (EXAMPLES,)
+    return SAMPLES if SCORERS[scorer].needs_data and scorer not in _COSTLY else (EXAMPLES,)
 
 
 def _memory_in_fresh_process(what: str) -> int:
@@ -234,13 +235,18 @@ def _report_memory(what: str) -> None:
     print(peak_resident())
 
 
-def measure(seeds: Sequence[int], budgets: Sequence[float]) -> None:
-    """All figures: the scores, seed by seed, then the costs."""
+def measure(seeds: Sequence[int], budgets: Sequence[float], costs: bool) -> None:
+    """The costs, if asked for, then the scores, seed by seed; what fine-tunes the whole model comes last of each."""
     study = Study()
     study.untouched()
-    cells = [(scorer, budget, seed) for seed in seeds for budget in budgets for scorer in SCORERS]
+    scorers = sorted(SCORERS, key=lambda name: name in _COSTLY)
+    cells = [(scorer, budget, seed) for scorer in scorers for seed in seeds for budget in budgets]
+    cells.sort(key=lambda cell: (cell[0] in _COSTLY, cell[2], budgets.index(cell[1])))
     places = [(place, seed) for seed in seeds for place in PLACES]
-    bar = tqdm(total=len(SCORERS) + len(cells) + len(places) + len(seeds), desc="selection", file=sys.stderr)
+    bar = tqdm(total=len(SCORERS) * costs + len(cells) + len(places) + len(seeds), desc="selection", file=sys.stderr)
+    for scorer in scorers if costs else ():
+        study.cost(scorer)
+        bar.update()
     for scorer, budget, seed in cells:
         study.score_after(scorer, budget, seed)
         bar.update()
@@ -249,9 +255,6 @@ def measure(seeds: Sequence[int], budgets: Sequence[float]) -> None:
         bar.update()
     for place, seed in places:
         study.upper_after(place, seed)
-        bar.update()
-    for scorer in SCORERS:
-        study.cost(scorer)
         bar.update()
     bar.close()
 
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _PATH.unlink(missing_ok=True)
     if _kept().get("settings", _SETTINGS) != _SETTINGS:
         sys.exit(f"benchmarks.selection: {_PATH} holds figures of other settings; start anew with --again")
-    measure(arguments.seeds, arguments.budgets)
+    measure(arguments.seeds, arguments.budgets, 0 in arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Training:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times of all methods, interleaved, and the memory of each in a process of its own."""
-    base, data, device = _set_up(arguments)
+    base, data, device = set_up(arguments)
     seconds, described = _times(base, data, device, arguments)
     count = sum(parameter.numel() for parameter in base.parameters())
     del base
@@ -151,7 +151,8 @@ def _times(
     return seconds, described
 
 
-def _set_up(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor, torch.device]:
+def set_up(arguments: argparse.Namespace) -> tuple[LlamaForCausalLM, torch.Tensor, torch.device]:
+    """Model, batches (`BATCHES`, batch, tokens) and device that the command line asks for."""
     device = torch.device(arguments.device)
     config = LlamaConfig(**SHAPES[arguments.shape].to_dict())
     if arguments.layers:
@@ -178,7 +179,7 @@ def _memory_in_fresh_process(name: str, arguments: argparse.Namespace) -> int:
 
 
 def _report_memory(arguments: argparse.Namespace) -> None:
-    base, data, device = _set_up(arguments)
+    base, data, device = set_up(arguments)
     training = Training(METHODS[arguments.memory_of](base), data, device.type == "cuda")
     for number in range(BATCHES + 1):
         training.step(number)
@@ -202,8 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _report_memory(arguments)
         return
     result = measure(arguments)
-    trial = "-trial" if arguments.layers or arguments.methods != list(METHODS) else ""
-    write(f"training-{arguments.shape}-{torch.device(arguments.device).type}{trial}", result)
+    name = f"training-{arguments.shape}-{torch.device(arguments.device).type}"
+    if arguments.layers or arguments.methods != list(METHODS):
+        name = f"trial-{name}"
+    write(name, result)
 
 
 if __name__ == "__main__":
