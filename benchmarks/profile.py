@@ -43,9 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": machine(device),
         "shape": arguments.shape,
-        "milliseconds": {
-            name: {key: each.get(name, 0.0) for key, each in taken.items()} for name in names[:_OPERATORS]
-        },
+        "milliseconds": {name: {key: each.get(name, 0.0) for key, each in taken.items()} for name in shown},
         "total": {key: sum(each.values()) for key, each in taken.items()},
     }
 

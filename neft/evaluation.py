@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Encoded, encode_candidates, encode_prompt
 from neft.errors import InputError
+from neft.modes import in_evaluation
 from neft.tasks import Example, Spec, Task
 
 
@@ -52,19 +53,10 @@ def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, s
     Classification takes the label whose whole completion, end token included, has the highest log-likelihood;
     generation decodes greedily and is scored by exact match or ROUGE-L F1.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            if task.completions:
-                results = _classified(model, tokenizer, task, spec)
-            else:
-                results = _generated(model, tokenizer, task, spec)
-            values = list(
-                tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False, disable=None)
-            )
-    finally:
-        model.train(training)
+    with in_evaluation(model), torch.inference_mode():
+        scored = _classified if task.completions else _generated
+        results = scored(model, tokenizer, task, spec)
+        values = list(tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False, disable=None))
     return Score(task.metric, sum(values) / len(values), len(values))
 
 
@@ -280,20 +272,16 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probe: Prob
     if len(ids) < 2:
         raise InputError(f"evaluation.general: {probe.name} has fewer than two tokens; give a text of a few pages")
     window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
-    device, training = _device(model), model.training
-    model.eval()
+    device = _device(model)
     total, count = 0.0, 0
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(ids) - 1, window):
-                chunk = torch.tensor([ids[start : start + window]], device=device)
-                if chunk.shape[1] < 2:
-                    continue
-                logits = model(input_ids=chunk).logits[0, :-1].float()
-                total += float(F.cross_entropy(logits, chunk[0, 1:], reduction="sum"))
-                count += chunk.shape[1] - 1
-    finally:
-        model.train(training)
+    with in_evaluation(model), torch.inference_mode():
+        for start in range(0, len(ids) - 1, window):
+            chunk = torch.tensor([ids[start : start + window]], device=device)
+            if chunk.shape[1] < 2:
+                continue
+            logits = model(input_ids=chunk).logits[0, :-1].float()
+            total += float(F.cross_entropy(logits, chunk[0, 1:], reduction="sum"))
+            count += chunk.shape[1] - 1
     try:
         return math.exp(total / count)
     except OverflowError:

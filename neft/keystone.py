@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from neft.encoding import IGNORED, Batch, Encoded, collate, encode_prompt
 from neft.errors import FailedError, InputError
 from neft.evaluation import generate_ids
+from neft.modes import in_evaluation
 from neft.neurons import NeuronSet, NeuronSpace, Site
 from neft.strategies import check_count, check_fraction, check_path
 from neft.tasks import Example
@@ -165,13 +166,8 @@ class KeystoneSearch:
             encode_prompt(tokenizer, Example(prompt=text, completion="")) for text in self.capabilities[capability]
         ]
         self._check_length(model, capability, max(map(len, prompts)))
-        training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                written = generate_ids(model, tokenizer, prompts, self.new_tokens).tolist()
-        finally:
-            model.train(training)
+        with in_evaluation(model), torch.inference_mode():
+            written = generate_ids(model, tokenizer, prompts, self.new_tokens).tolist()
         answers = [_until(ids, tokenizer.eos_token_id) for ids in written]
         pad = int(tokenizer.pad_token_id)
         if not getattr(model.config, "is_encoder_decoder", False):

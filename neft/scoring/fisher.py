@@ -35,12 +35,14 @@ class Fisher:
         seed: int,
     ) -> Scores:
         totals = {site.name: torch.zeros(site.size) for site in space.sites}
-        examples = sum(len(batch["input_ids"]) for batch in batches)
+        counts = dict.fromkeys(totals, 0)
 
         def collect(site: Site, activation: torch.Tensor, gradient: torch.Tensor | None, mask: torch.Tensor) -> None:
             assert gradient is not None
             effect = (activation.float() * gradient.float()).sum(-1) * mask[..., None]
             totals[site.name] += effect.sum(1).square().sum(0).cpu()
+            # A row of padding alone is no example.
+            counts[site.name] += int(mask.any(1).sum())
 
         run_tapped(model, space, batches, collect, backward=True)
-        return Scores(space, {name: total / examples for name, total in totals.items()})
+        return Scores(space, {name: total / max(counts[name], 1) for name, total in totals.items()})

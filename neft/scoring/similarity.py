@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import ClassVar
 
 import torch
@@ -12,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
+from neft.modes import checkpointed, in_evaluation
 from neft.neurons import NeuronSpace
 from neft.scoring.per_neuron import summed_over_weights
 from neft.scoring.scores import Scores
+from neft.scoring.taps import target_count
 from neft.strategies import check_count, check_positive
 
 
@@ -48,9 +49,10 @@ class Similarity:
         trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        training = model.training
         try:
-            self._fine_tune(model, batches)
+            # In evaluation mode, since dropout is drawn from the global generator, and scores depend on data alone.
+            with in_evaluation(model), checkpointed(model):
+                self._fine_tune(model, batches)
             distances = _distances(model, space, before)
         finally:
             with torch.no_grad():
@@ -58,16 +60,17 @@ class Similarity:
                     parameter.copy_(before[name])
                     parameter.requires_grad_(trainable[name])
                     parameter.grad = gradients[name]
-            model.train(training)
         return Scores(space, distances)
 
     def _fine_tune(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        model.eval()  # dropout would be drawn from the global generator, and the score should depend on data alone
         model.requires_grad_(True)
         model.zero_grad(set_to_none=True)
         device = next(model.parameters()).device
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.0)
-        for batch in islice(cycle(batches), self.steps):
+        for step in range(self.steps):
+            batch = batches[step % len(batches)]
+            if not target_count(model, batch["labels"]):
+                continue  # the mean over no token is not a number
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

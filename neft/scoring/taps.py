@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from neft.encoding import IGNORED, Batch
 from neft.losses import completion_loss, takes_positions
+from neft.modes import checkpointed, in_evaluation, with_input_gradients
 from neft.neurons import NeuronSpace, Site
 
 #: Called for each site and batch with the activations (batch, tokens, neurons, repeats), the gradient of the summed
@@ -45,14 +46,14 @@ def run_tapped(
     """
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        stack.enter_context(_as_it_was(model))
+        stack.enter_context(in_evaluation(model))
+        stack.enter_context(_frozen(model))
         seen: dict[str, torch.Tensor] = {}
         for site in space.sites:
             stack.enter_context(_hooked(model, site, collect, seen, backward))
         if backward:
-            transformer = cast(PreTrainedModel, model)
-            transformer.enable_input_require_grads()
-            stack.callback(transformer.disable_input_require_grads)
+            stack.enter_context(with_input_gradients(cast(PreTrainedModel, model)))
+            stack.enter_context(checkpointed(model))
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             seen["tokens"] = inputs["attention_mask"].bool()
@@ -66,7 +67,7 @@ def run_tapped(
 def _summed_loss(model: nn.Module, inputs: Batch) -> torch.Tensor:
     if takes_positions(model):
         return completion_loss(model, inputs)[0]
-    return cast(torch.Tensor, model(**inputs).loss * _target_count(model, inputs["labels"]))
+    return cast(torch.Tensor, model(**inputs).loss * target_count(model, inputs["labels"]))
 
 
 @torch.no_grad()
@@ -78,18 +79,16 @@ def _run_body(model: nn.Module, inputs: Batch) -> None:
         model(**inputs)
 
 
-def _target_count(model: nn.Module, labels: torch.Tensor) -> int:
+def target_count(model: nn.Module, labels: torch.Tensor) -> int:
     """Tokens that a transformers loss averages over: a causal model shifts its labels by one."""
     causal = not getattr(model.config, "is_encoder_decoder", False) and "MaskedLM" not in type(model).__name__
     return int(((labels[:, 1:] if causal else labels) != IGNORED).sum())
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with frozen weights inside; mode and `requires_grad` as before outside."""
-    training = model.training
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Frozen weights inside; `requires_grad` as before outside."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -97,7 +96,6 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        model.train(training)
 
 
 @contextmanager
