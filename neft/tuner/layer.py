@@ -9,7 +9,7 @@ quantised or sharded, and batches whose examples have an adapter each.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -58,6 +58,16 @@ class _Laid(NamedTuple):
     originals: torch.Tensor
 
 
+class _Watched(NamedTuple):
+    """A tensor, where it is held, and what tells whether it has been replaced or written."""
+
+    holder: Mapping[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor
+    address: int
+    writes: int
+
+
 class NeftLayer(BaseTunerLayer):
     """State of the chosen rows: compact parameters, their positions, and what is laid in the base weight now."""
 
@@ -82,8 +92,8 @@ class NeftLayer(BaseTunerLayer):
         self._laid: list[_Laid] = []
         self._weight_version = -1
         self._checked: set[str] = set()
-        #: The adapters that are laid on and not in training, once they are: inference needs no more than a look.
-        self._settled: tuple[str, ...] | None = None
+        #: What is laid on and not in training, once it is: inference needs no more than a look.
+        self._settled: tuple[_Watched, ...] | None = None
         self.out_features, self.in_features = matrix_shape(type(base_layer).__name__, base_layer)
 
     def update_layer(
@@ -181,14 +191,30 @@ class NeftLayer(BaseTunerLayer):
                 self._laid.append(_Laid(name, version, read_stored(base, side, positions)))
             write_rows(base, side, positions, self.neft_rows[name].detach())
         self._weight_version = weight._version
-        self._settled = None if self._is_trained(adapters) else adapters
+        self._settled = None if self._is_trained(adapters) else self._watch(adapters)
+
+    def _watch(self, adapters: tuple[str, ...]) -> tuple[_Watched, ...]:
+        """The base weight and the rows laid on it, as they are now."""
+        base, rows = self.get_base_layer(), self.neft_rows
+        held = [(base._parameters, "weight"), *((rows._parameters, name) for name in adapters)]
+        return tuple(
+            _Watched(holder, name, tensor, tensor.data_ptr(), tensor._version)
+            for holder, name in held
+            if (tensor := holder[name]) is not None
+        )
 
     def _is_as_laid(self) -> bool:
-        """Whether nobody has written the base weight, or the rows laid on it, since; and they are not in training."""
-        weight = self.base_layer.weight
-        if not isinstance(weight, torch.Tensor) or weight._version != self._weight_version:
-            return False
-        return all(self._rows_version(laid.adapter) == laid.version for laid in self._laid)
+        """Whether nobody has written the base weight or the rows laid on it since, or wants them trained."""
+        assert self._settled is not None
+        for holder, name, tensor, address, version in self._settled:
+            if (
+                holder.get(name) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != address
+                or tensor.requires_grad
+            ):
+                return False
+        return True
 
     def _forget(self) -> None:
         """Look anew at positions, and at the base's rows, when they are next needed."""
@@ -296,7 +322,7 @@ class NeftLinear(nn.Module, NeftLayer):
             and not (x.requires_grad and torch.is_grad_enabled())
             and (torch.compiler.is_compiling() or self._is_as_laid())
         ):
-            result: torch.Tensor = self.base_layer(x)
+            result: torch.Tensor = self._modules["base_layer"](x)  # type: ignore[misc]
             return result
         if self.disable_adapters and self.merged:
             self.unmerge()
