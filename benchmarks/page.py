@@ -178,7 +178,10 @@ def _figures(study: Result, kind: str) -> dict[tuple[str, ...], Any]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" if values else "-"
+    """Mean, range and number of values."""
+    if not values:
+        return "not yet measured"
+    return f"{statistics.mean(values):.3f} ({min(values):.2f}-{max(values):.2f}, {len(values)})"
 
 
 def _selection(study: Result) -> Iterator[str]:
@@ -186,9 +189,9 @@ def _selection(study: Result) -> Iterator[str]:
     yield (
         f"SmolLM2-135M learns `{study['settings']['task']}` of the demo; scores are accuracies on "
         f"{study['evaluation_rows']} held-out rows (one row is {1 / study['evaluation_rows']:.3f}; always answering "
-        f"the commonest label scores {study['majority']:.3f}), {len(seeds)} seeds, mean with the range. A seed "
-        "decides which examples are scored and learnt from, and their order. With so few rows and seeds, differences "
-        "of a few points say nothing.\n"
+        f"the commonest label scores {study['majority']:.3f}), {len(seeds)} seeds: mean, range, and number of "
+        "seeds measured. A seed decides which examples are scored and learnt from, and their order. With so few rows "
+        "and seeds, differences of a few points say nothing.\n"
     )
     yield from _scores(study)
     yield from _places(study)
@@ -316,6 +319,22 @@ _BARS = (
 )
 
 
+_WHY = """What stands in the way on the CPU, where a figure is above its bar:
+
+- *Step time over the floor*: the products that make the chosen rows' gradients, whose thin matrices run at a lower
+  rate than dense ones; gathering the chosen columns of what flows through; writing the rows into the weights; the
+  optimiser and clipping, which the floor has none of; and Python between the operators ("Where the time goes", below).
+  One product for gate and up together would help, and so would a larger batch.
+- *Upper half, cached*: the same, and the head, whose work the cache does not halve.
+- *Peak memory*: the frozen model alone stands above the bar, since Python, the weights and this batch's activations are
+  every method's. A smaller batch, or gradient checkpointing, moves the ratio; neft adds only its rows, their optimiser
+  states and the inputs that their gradients need.
+- *Decoding*: one more Python call for each layer and token. `merge_and_unload` takes the layers away, and the call.
+- *Switching*: a chosen column of the down projection is spread over the whole weight, so that writing a tenth of them
+  goes through all of its memory.
+"""
+
+
 def _bars() -> Iterator[str]:
     """The bars that were set, and what was measured."""
     rows = []
@@ -327,6 +346,7 @@ def _bars() -> Iterator[str]:
     yield "## The bars\n"
     yield "What was set as the most that each figure may be, for a tenth of the feed-forward neurons and AdamW.\n"
     yield from _table(["figure", "measured on", "at most", "measured"], rows)
+    yield _WHY
 
 
 def main() -> None:
