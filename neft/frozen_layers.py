@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from neft.errors import InputError
+from neft.modes import replaced_forwards
 
 Forward = Callable[..., Any]
 
@@ -83,16 +84,8 @@ class FrozenLayers:
             forwards = self._recalling(examples, lengths)
         else:
             forwards = self._keeping(examples, lengths)
-        before = [vars(layer).get("forward") for layer in self._below]
-        for layer, forward in zip(self._below, forwards, strict=True):
-            vars(layer)["forward"] = forward
-        try:
+        with replaced_forwards(self._below, forwards):
             yield
-        finally:
-            for layer, replaced in zip(self._below, before, strict=True):
-                del vars(layer)["forward"]
-                if replaced is not None:
-                    vars(layer)["forward"] = replaced
 
     def _keeping(self, examples: Sequence[int], lengths: Sequence[int]) -> list[Forward]:
         """Forwards that compute without gradients; the last one keeps what it returns."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from neft.encoding import IGNORED, Batch, Encoded, collate, encode_prompt
 from neft.errors import FailedError, InputError
 from neft.evaluation import generate_ids
-from neft.modes import in_evaluation
+from neft.modes import hooked, in_evaluation
 from neft.neurons import NeuronSet, NeuronSpace, Site
 from neft.strategies import check_count, check_fraction, check_path
 from neft.tasks import Example
@@ -273,18 +273,6 @@ def silenced(model: nn.Module, neurons: NeuronSet) -> Iterator[None]:
 
 @contextmanager
 def _muted(model: nn.Module, site: Site, indices: np.ndarray) -> Iterator[None]:
-    part = site.tap
-    positions = torch.from_numpy(part.positions(indices).ravel())
-
-    def mute(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.index_fill(-1, positions.to(tensor.device), 0)
-
-    module = model.get_submodule(part.module)
-    if part.side == "column":
-        handle = module.register_forward_pre_hook(lambda _, inputs: (mute(inputs[0]), *inputs[1:]))
-    else:
-        handle = module.register_forward_hook(lambda _, inputs, output: mute(output))
-    try:
+    positions = torch.from_numpy(site.tap.positions(indices).ravel())
+    with hooked(model, site.tap, lambda tensor: tensor.index_fill(-1, positions.to(tensor.device), 0)):
         yield
-    finally:
-        handle.remove()

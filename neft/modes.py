@@ -1,15 +1,18 @@
-"""Modes of a model: evaluation, gradient checkpointing in it, gradients that reach its inputs; each is undone."""
+"""Modes of a model: evaluation, checkpointing in it, input gradients, hooks and other forwards; each is undone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from neft.neurons import Part
 
 
 @contextmanager
@@ -35,23 +38,31 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     ]
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        vars(layer)["forward"] = partial(_computed_anew, layer, layer.forward)
+    with replaced_forwards(layers, [partial(_computed_anew, layer, layer.forward) for layer in layers]):
+        yield
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside, each module computes by another forward; outside by its own, or what somebody else had put there."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for layer, replaced in zip(layers, before, strict=True):
-            del vars(layer)["forward"]
+        for module, replaced in zip(modules, before, strict=True):
+            del vars(module)["forward"]
             if replaced is not None:
-                vars(layer)["forward"] = replaced
+                vars(module)["forward"] = replaced
 
 
 def _computed_anew(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A layer's forward that backward computes anew; without a cache, which would then be written a second time."""
     given = [None if isinstance(value, Cache) else value for value in args]
     named = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    checkpoint: Callable[..., Any] = layer._gradient_checkpointing_func  # type: ignore[assignment]
+    # transformers sets it on the layer, where nn.Module is annotated to hold tensors and modules alone.
+    checkpoint = cast(Callable[..., Any], layer._gradient_checkpointing_func)
     return checkpoint(partial(forward, **named), *given)
 
 
@@ -74,3 +85,17 @@ def with_input_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Any) -> None:
     output.requires_grad_(True)
+
+
+@contextmanager
+def hooked(model: nn.Module, part: Part, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, the activations of a site's `part` (its tap) go through `change`: a column's input, or a row's output."""
+    module = model.get_submodule(part.module)
+    if part.side == "column":
+        handle = module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from neft.encoding import IGNORED, Batch
 from neft.losses import completion_loss, takes_positions
-from neft.modes import checkpointed, in_evaluation, with_input_gradients
+from neft.modes import checkpointed, hooked, in_evaluation, with_input_gradients
 from neft.neurons import NeuronSpace, Site
 
 #: Called for each site and batch with the activations (batch, tokens, neurons, repeats), the gradient of the summed
@@ -124,12 +124,5 @@ def _hooked(
             see(tensor, None)
         return tensor
 
-    module = model.get_submodule(part.module)
-    if part.side == "column":
-        handle = module.register_forward_pre_hook(lambda _, inputs: (tap(inputs[0]), *inputs[1:]))
-    else:
-        handle = module.register_forward_hook(lambda _, inputs, output: tap(output))
-    try:
+    with hooked(model, part, tap):
         yield
-    finally:
-        handle.remove()

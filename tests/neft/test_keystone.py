@@ -346,7 +346,7 @@ def test_prompts_that_are_missing_or_no_text_are_refused(tmp_path: Path) -> None
     with pytest.raises(InputError, match="is not YAML"):
         KeystoneSearch(prompts=tmp_path / "latin.yaml")
     with pytest.raises(InputError, match="option 'prompts' of 'keystone' is 3; it must be the path"):
-        KeystoneSearch(prompts=3)  # type: ignore[arg-type]
+        KeystoneSearch(prompts=3)
 
 
 @pytest.mark.parametrize("rho", [0, 1, -0.1, True, "x", float("nan")])

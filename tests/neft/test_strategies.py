@@ -81,7 +81,7 @@ def write_prompts(path: Path, maths: str = "1 + 1 =") -> Path:
 def test_text_becomes_a_path(tmp_path: Path) -> None:
     path = write_prompts(tmp_path / "mine.yaml")
     for choice in (str(path), path):
-        assert build("scorer", SCORERS, {"name": "keystone", "prompts": choice}).prompts == path  # type: ignore[attr-defined]
+        assert build("scorer", SCORERS, {"name": "keystone", "prompts": choice}).prompts == path
     with pytest.raises(InputError, match=r"option 'prompts' of 'keystone' is \['a'\]; it must be the path"):
         build("scorer", SCORERS, {"name": "keystone", "prompts": ["a"]})
 
