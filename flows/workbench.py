@@ -22,11 +22,13 @@ from flows.figures import heatmap
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
 from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
-from neft.baselines import BASELINES
+from neft.baselines import BASELINES, Baseline
 from neft.encoding import batches, tokenizer_fingerprint
 from neft.errors import FailedError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
+from neft.guard import Guard
+from neft.memory import Memory
 from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
@@ -57,6 +59,7 @@ class Work:
     selection: Selection | None = None
     overlay: Overlay | None = None
     audit: AuditResult | None = None
+    memory: Memory | None = None
     result: TrainingResult | None = None
     state: str = ""
 
@@ -77,6 +80,7 @@ class Workbench:
         self.space: NeuronSpace
         self.scorer: Scorer
         self.policy: ProtectionPolicy
+        self.baseline: Baseline | None
         self.reserved: NeuronSet
         self.base = ""
         self.state = ""
@@ -95,6 +99,8 @@ class Workbench:
         self.probes = load_probes(self.config.evaluation)
         self.scorer = build("scorer", SCORERS, self.config.method.scorer)
         self.policy = build("protection policy", POLICIES, self.config.method.protection)
+        chosen = self.config.method.baseline
+        self.baseline = build("baseline", BASELINES, chosen) if chosen is not None else None
         self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
         self.config.check_lengths(getattr(self.model.config, "max_position_embeddings", None))
         nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
@@ -283,8 +289,8 @@ class Workbench:
         """Score the neurons for the task, on a sample of its training data."""
         work = self.work
         start = time.perf_counter()
-        # Drawn by seed, since a file may be sorted by label; another seed for each task, or chance would repeat itself.
-        seed = int(digest([self.config.seed, work.task.name])[:8], 16)
+        # Drawn by seed, since a file may be sorted by label.
+        seed = self._task_seed(work.task)
         count = min(self.config.method.scoring_examples, len(work.task.train)) if self.scorer.needs_data else 0
         examples = random.Random(seed).sample(work.task.train, count)
         size, length = self.config.training.per_device_train_batch_size, self.config.training.max_length
@@ -294,14 +300,18 @@ class Workbench:
         self.tracker.log(work.run_id, {"scoring/seconds": seconds, "scoring/examples": len(examples)}, 0)
         say(f"{self._head()} scored {len(self.space):,} neurons by {self.scorer.name} in {seconds:.1f} s")
 
+    def _task_seed(self, task: Task) -> int:
+        """Another seed for each task, or chance would repeat itself."""
+        return int(digest([self.config.seed, task.name])[:8], 16)
+
     def select(self) -> None:
         """Choose the task's neurons among those that the protection policy leaves free."""
         work = self.work
         assert work.scores is not None
-        earlier = [Learnt(entry.task, self.registry.neurons(entry)) for entry in self.chain]
-        free = self.policy.free(self.space, earlier, self.reserved)
+        earlier = self._earlier()
+        found = self.policy.candidates(work.scores, earlier, self.reserved)
         method = self.config.method
-        work.selection = select(work.scores, method.budget, method.selection, free)
+        work.selection = select(found.scores, method.budget, method.selection, found.free, found.when_full, found.lent)
         neurons = work.selection.neurons
         for note in work.selection.notes:
             say(f"{self._head()} {note}")
@@ -318,16 +328,24 @@ class Workbench:
             f"({neurons.parameter_fraction:.1%} of the model's parameters)"
         )
 
+    def _earlier(self) -> list[Learnt]:
+        """The tasks learnt so far, as a protection policy sees them."""
+        return [
+            Learnt(entry.task, self.registry.neurons(entry), self.registry.scores(entry), self.registry.memory(entry))
+            for entry in self.chain
+        ]
+
     def train(self) -> None:
         """Masked SFT on the chosen neurons, then the audit that nothing else has changed."""
         work = self.work
         assert work.selection is not None
         neurons = work.selection.neurons
+        guard = self.policy.guard(self.model, neurons, self._earlier())
         audit = Audit(self.model, neurons)
         peft_model = get_peft_model(self.model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         tuner = cast(NeftModel, peft_model.base_model)
         try:
-            work.result = self._fit(peft_model)
+            work.result = self._fit(peft_model, guard)
             work.overlay = tuner.overlay(neurons)
         finally:
             self.model = cast(PreTrainedModel, tuner.unload())
@@ -340,25 +358,30 @@ class Workbench:
                 f"task {work.task.name!r} failed its audit: weights outside its neuron set changed ({changed}); "
                 "nothing is recorded, report this as a bug"
             )
+        length = self.config.training.max_length
+        work.memory = self.policy.remember(
+            self.model, self.tokenizer, neurons, work.task, length, self._task_seed(work.task)
+        )
         self._trained()
 
     def train_baseline(self) -> None:
         """Learn the task by the configured baseline."""
         work = self.work
-        assert self.config.method.baseline is not None
-        baseline = build("baseline", BASELINES, self.config.method.baseline)
-        prepared = baseline.prepare(self.model, self.config.seed)
-        work.result = self._fit(prepared)
-        self.model = cast(PreTrainedModel, baseline.finish(prepared))
+        assert self.baseline is not None
+        prepared = self.baseline.prepare(self.model, self.config.seed)
+        work.result = self._fit(prepared, self.baseline.guard(prepared))
+        self.model = cast(PreTrainedModel, self.baseline.finish(prepared))
+        length = self.config.training.max_length
+        self.baseline.remember(self.model, self.tokenizer, work.task, length, self._task_seed(work.task))
         self._trained()
 
-    def _fit(self, model: nn.Module) -> TrainingResult:
+    def _fit(self, model: nn.Module, guard: Guard | None = None) -> TrainingResult:
         work = self.work
 
         def show(step: int, values: Mapping[str, float]) -> None:
             self.tracker.log(work.run_id, {f"train/{name}": value for name, value in values.items()}, step)
 
-        return train(model, self.tokenizer, work.task, self.config.training, self.config.seed, show)
+        return train(model, self.tokenizer, work.task, self.config.training, self.config.seed, show, guard)
 
     def _trained(self) -> None:
         work = self.work
@@ -448,6 +471,7 @@ class Workbench:
                     neurons=work.selection.neurons,
                     overlay=work.overlay,
                     scores=work.scores,
+                    memory=work.memory,
                     state_digest=work.state,
                     metrics={
                         "scores": row,
@@ -459,6 +483,7 @@ class Workbench:
                         "training_seconds": work.result.seconds,
                         "training_steps": work.result.steps,
                         "selection_notes": list(work.selection.notes),
+                        "capacity": {name: list(free) for name, free in work.selection.capacity.items()},
                     },
                     audit=work.audit.to_dict(),
                     versions=library_versions(),

@@ -17,6 +17,17 @@ from neft.scoring.scores import Scores
 
 LEAST_FRACTION, LARGEST_FRACTION = 0.01, 0.5
 
+#: What is done where a site has fewer free neurons than its share of the budget.
+WhenFull = Literal["error", "share", "spill"]
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Neurons of earlier tasks that may be shared, and their importance to those: site name -> (site size,)."""
+
+    neurons: NeuronSet
+    importance: Mapping[str, torch.Tensor]
+
 
 class Budget(BaseModel):
     """How much a task may train: neurons or model parameters, as a fraction or a count.
@@ -125,11 +136,15 @@ class SelectionSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen neurons, how many could be chosen, and what is worth saying (ties at the cut, a budget not spent)."""
+    """The chosen neurons, how many were free, and what is worth saying (ties at the cut, a budget not spent).
+
+    `capacity` is the ledger: site name -> neurons free before and after the choice.
+    """
 
     neurons: NeuronSet
     free: int
     notes: tuple[str, ...]
+    capacity: Mapping[str, tuple[int, int]]
 
 
 def select(
@@ -137,11 +152,18 @@ def select(
     budget: Budget,
     spec: SelectionSpec | None = None,
     free: NeuronSet | None = None,
+    when_full: WhenFull = "error",
+    lent: Lent | None = None,
 ) -> Selection:
     """Choose the highest-scored free neurons that the budget pays for.
 
     A neuron below the spec's `lowest_layer` is not free, whoever owns it. Ties go to the earlier site and the lower
     index, so that the same scores always give the same set.
+
+    Args:
+        when_full: what is done where a site has too few free neurons: `error`; `share`, which adds as many of those
+            `lent` as are needed, the least important first; `spill`, which spends the rest on the highest-scored free
+            neurons of other sites.
 
     Raises:
         FailedError: too few neurons are free, or none is chosen; says how many are free and what can be done.
@@ -159,17 +181,75 @@ def select(
         groups = [(list(allowed), total)]
     else:
         groups = [([site], share) for site, share in _shares(allowed, total, budget)]
-    chosen: dict[str, NDArray[np.int64]] = {}
     notes: list[str] = []
+    open_ = free
+    if when_full == "share" and lent is not None:
+        open_ = _with_lent(groups, free, lent, budget, notes)
+    elif when_full == "spill":
+        groups = _spilled(groups, free, scores, budget, notes)
+    chosen: dict[str, NDArray[np.int64]] = {}
     for sites, limit in groups:
-        picked, group_notes = _best(scores, sites, limit, budget, spec, free)
+        picked, group_notes = _best(scores, sites, limit, budget, spec, open_)
         notes += group_notes
         for site in sites:
             chosen[site.name] = picked[site.name]
     neurons = NeuronSet(space, chosen)
     if not neurons:
         raise FailedError(_nothing_chosen(scores, spec, free))
-    return Selection(neurons, len(free), tuple(notes))
+    left = free - neurons
+    capacity = {site.name: (len(free[site.name]), len(left[site.name])) for site in allowed}
+    return Selection(neurons, len(free), tuple(notes), capacity)
+
+
+def _with_lent(
+    groups: Sequence[tuple[list[Site], int]], free: NeuronSet, lent: Lent, budget: Budget, notes: list[str]
+) -> NeuronSet:
+    """The free neurons, and as many of the lent ones as each group lacks, the least important first."""
+    added: dict[str, list[int]] = {}
+    for sites, limit in groups:
+        missing = limit - sum(len(free[site.name]) * budget.cost(site) for site in sites)
+        if missing <= 0:
+            continue
+        offered = [
+            (float(lent.importance[site.name][index]), place, int(index), budget.cost(site))
+            for place, site in enumerate(sites)
+            for index in lent.neurons[site.name]
+        ]
+        count = 0
+        for _, place, index, cost in sorted(offered):
+            if missing <= 0:
+                break
+            added.setdefault(sites[place].name, []).append(index)
+            missing, count = missing - cost, count + 1
+        where = sites[0].name if len(sites) == 1 else "the model"
+        notes.append(f"{where} is full: {count} neurons that matter least to earlier tasks are shared")
+    return free | NeuronSet(free.space, added)
+
+
+def _spilled(
+    groups: Sequence[tuple[list[Site], int]], free: NeuronSet, scores: Scores, budget: Budget, notes: list[str]
+) -> list[tuple[list[Site], int]]:
+    """The groups with what a full site cannot spend given to sites that have neurons left, the highest-scored first."""
+    rooms = [sum(len(free[site.name]) * budget.cost(site) for site in sites) for sites, _ in groups]
+    limits = [min(limit, room) for (_, limit), room in zip(groups, rooms, strict=True)]
+    over = sum(limit for _, limit in groups) - sum(limits)
+    if not over or sum(rooms) < sum(limit for _, limit in groups):
+        return list(groups)
+    waiting = []
+    for place, (sites, _) in enumerate(groups):
+        for site in sites:
+            values = scores.values[site.name][torch.from_numpy(free[site.name].copy())].sort(descending=True).values
+            spare = values[limits[place] // budget.cost(site) :].tolist()
+            waiting += [(-value, place, budget.cost(site)) for value in spare]
+    moved = over
+    for _, place, cost in sorted(waiting):
+        if over <= 0:
+            break
+        limits[place], over = limits[place] + cost, over - cost
+    full = sum(limit < asked for limit, (_, asked) in zip(limits, groups, strict=True))
+    unit = "neurons" if budget.neurons is not None else "parameters"
+    notes.append(f"{full} full sites spill {moved} {unit} of their share to others")
+    return [(sites, limit) for (sites, _), limit in zip(groups, limits, strict=True)]
 
 
 def _shares(sites: Sequence[Site], total: int, budget: Budget) -> list[tuple[Site, int]]:

@@ -27,7 +27,7 @@ def build(role: str, known: Mapping[str, type[Strategy]], choice: Choice) -> Str
     name: Any = choice if isinstance(choice, str) else options.pop("name", None)
     if not isinstance(name, str) or name not in known:
         raise InputError(f"unknown {role} {name!r}; {nearest(str(name), known)}")
-    allowed = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
+    allowed = {field.name for field in fields(known[name]) if field.init}  # type: ignore[arg-type]
     for option in options:
         if option not in allowed:
             hint = nearest(option, allowed) if allowed else "it has no options"

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -32,9 +33,11 @@ from trl import SFTConfig, SFTTrainer
 from neft.encoding import encode
 from neft.errors import FailedError, InputError
 from neft.frozen_layers import FrozenLayers
+from neft.guard import Guard, Limit
 from neft.losses import completion_loss
 from neft.tasks import Example, Task
 from neft.training_spec import TrainingSpec
+from neft.tuner.model import trained_rows
 
 Model = PreTrainedModel | PeftModel
 
@@ -59,11 +62,13 @@ def train(
     spec: TrainingSpec,
     seed: int,
     on_log: OnLog | None = None,
+    guard: Guard | None = None,
 ) -> TrainingResult:
     """Fine-tune the trainable parameters of `model`, in place, on a task's training data.
 
     Args:
         model: a PEFT model whose adapter is to be trained, or a plain model to train whole.
+        guard: what stands beside the training, so that earlier tasks are kept.
         on_log: called with each point of the training curves, and at the end with `cached_bytes`, if any are kept.
 
     Raises:
@@ -73,11 +78,15 @@ def train(
     """
     learner = cast(Model, model)
     training, validation = _split(task.train, spec, seed)
+    if guard is not None:
+        training = (*training, *guard.rehearsed(len(training)))
     frozen = FrozenLayers(learner) if spec.cache_frozen_layers else None
     with tempfile.TemporaryDirectory(prefix="neft-training-") as folder, _as_configured(learner):
         callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
+        if guard is not None and (limits := guard.limits()):
+            callbacks.append(_Limited(learner, limits))
         try:
             trainer = _CompletionTrainer(
                 model=learner,
@@ -91,6 +100,7 @@ def train(
             raise InputError(f"training: {str(error).strip().splitlines()[0]}") from error
         if frozen is not None:
             trainer.frozen, trainer.data_collator = frozen, _Numbered(trainer.data_collator)
+        trainer.guard = guard
         # The trainer's own bar also prints every log entry; ours does not.
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -125,6 +135,8 @@ class _CompletionTrainer(SFTTrainer):
 
     #: The layers that need not run again for an example that was seen.
     frozen: FrozenLayers | None = None
+    #: What stands beside the training.
+    guard: Guard | None = None
 
     def compute_loss(
         self,
@@ -134,9 +146,18 @@ class _CompletionTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if self.frozen is None:
-            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._guarded_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.frozen.batch(inputs.pop("examples"), inputs.pop("lengths")):
-            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._guarded_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _guarded_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: Any) -> Any:
+        penalty = self.guard.penalty(model, inputs) if self.guard is not None and model.training else None
+        result = self._loss(model, inputs, return_outputs, items)
+        if penalty is None:
+            return result
+        # The batches of one step are added up, and a penalty counts once a step.
+        penalty = penalty / self.args.gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _loss(
         self,
@@ -152,6 +173,44 @@ class _CompletionTrainer(SFTTrainer):
             return loss / count
         # The count is that of all processes, whose gradients DDP then averages.
         return loss / num_items_in_batch * self.accelerator.num_processes
+
+
+class _Limited(TrainerCallback):
+    """Keeps the changes of trained rows within a guard's limits: their gradients, and what every step makes of them."""
+
+    def __init__(self, model: nn.Module, limits: Mapping[str, Limit]):
+        trained = trained_rows(model)
+        unknown = sorted(limits.keys() - trained.keys())
+        if unknown:
+            raise InputError(f"a guard limits module {unknown[0]!r}, of which no rows are trained")
+        self._limited = [(trained[name], limit) for name, limit in limits.items()]
+        self._before: list[torch.Tensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A hook on the tensor sees each batch's gradient before it is added up, so that a limit is applied once.
+        self._handles = [rows.register_hook(limit) for rows, limit in self._limited]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = [rows.detach().clone() for rows, _ in self._limited]
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for (rows, limit), before in zip(self._limited, self._before, strict=True):
+            rows.copy_(before + limit(rows - before))
+        self._before = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class _Progress(TrainerCallback):

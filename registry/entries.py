@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from neft.files import PathLike
+    from neft.memory import Memory
     from neft.models import Dtype
     from neft.neurons import NeuronSet
     from neft.overlay import Overlay
+    from neft.routing import Signature
     from neft.scoring import Scores
 
 
@@ -134,8 +136,8 @@ class Registry(Ledger):
 
     def _stored(self, new: NewEntry) -> dict[str, Artifact]:
         saves: dict[str, Callable[[Path], None]] = {"neurons": new.neurons.save, "overlay": new.overlay.save}
-        if new.scores is not None:
-            saves["scores"] = new.scores.save
+        optional = {"scores": new.scores, "memory": new.memory, "signature": new.signature}
+        saves |= {name: kept.save for name, kept in optional.items() if kept is not None}
         return {name: self._artifacts.put(name, save) for name, save in saves.items()}
 
     # What has been learnt: look-ups
@@ -206,6 +208,30 @@ class Registry(Ledger):
         if entry.scores_file is None:
             return None
         return Scores.load(self._artifacts.fetch(entry.scores_file, entry.reference))
+
+    def memory(self, entry: Entry) -> Memory | None:
+        """What the protection policy keeps of the task, if it keeps anything.
+
+        Raises:
+            FailedError: the file is missing, truncated or altered.
+        """
+        from neft.memory import Memory
+
+        if entry.memory_file is None:
+            return None
+        return Memory.load(self._artifacts.fetch(entry.memory_file, entry.reference))
+
+    def signature(self, entry: Entry) -> Signature | None:
+        """What tells the task's inputs from others', if it was recorded.
+
+        Raises:
+            FailedError: the file is missing, truncated or altered.
+        """
+        from neft.routing import Signature
+
+        if entry.signature_file is None:
+            return None
+        return Signature.load(self._artifacts.fetch(entry.signature_file, entry.reference))
 
     def checkout(
         self,

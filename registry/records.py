@@ -13,9 +13,11 @@ from registry.artifacts import Artifact
 from registry.schema import BaseModelRow, EntryRow, EvaluationRow, RunRow
 
 if TYPE_CHECKING:
+    from neft.memory import Memory
     from neft.models import Dtype
     from neft.neurons import NeuronSet
     from neft.overlay import Overlay
+    from neft.routing import Signature
     from neft.scoring import Scores
 
 Status = Literal["running", "finished", "failed"]
@@ -62,6 +64,8 @@ class NewEntry:
         method: kinds, scorer, budget, selection, protection.
         state_digest: `neft.audit.state_digest` of the model with the overlay laid on.
         versions: the library versions it was made with.
+        memory: what the protection policy keeps of the task, if anything.
+        signature: what tells the task's inputs from others, if it was made.
     """
 
     task: str
@@ -82,6 +86,8 @@ class NewEntry:
     versions: Mapping[str, str]
     mlflow_run_id: str | None = None
     prefect_flow_run_id: str | None = None
+    memory: Memory | None = None
+    signature: Signature | None = None
 
     def __post_init__(self) -> None:
         """
@@ -100,8 +106,8 @@ class NewEntry:
 class Entry:
     """One version of a task's neuron set and overlay, as recorded. It never changes.
 
-    `parent` is its parent's reference, `task@version`. `neurons_file`, `scores_file` and `overlay_file` name what is in
-    the artifact store; `Registry.neurons`, `.scores` and `.overlay` read them.
+    `parent` is its parent's reference, `task@version`. `neurons_file` and the like name what is in the artifact store;
+    `Registry.neurons`, `.scores`, `.overlay`, `.memory` and `.signature` read them.
     """
 
     id: int
@@ -119,6 +125,8 @@ class Entry:
     neurons_file: Artifact
     scores_file: Artifact | None
     overlay_file: Artifact
+    memory_file: Artifact | None
+    signature_file: Artifact | None
     neuron_count: int
     parameter_count: int
     space_fingerprint: str
@@ -137,9 +145,6 @@ class Entry:
 
     @classmethod
     def from_row(cls, row: EntryRow) -> Entry:
-        scores = None
-        if row.scores_sha256 is not None and row.scores_bytes is not None:
-            scores = Artifact("scores", row.scores_sha256, row.scores_bytes)
         return cls(
             id=row.id,
             task=row.task.name,
@@ -154,8 +159,10 @@ class Entry:
             method=row.method,
             training=row.training,
             neurons_file=Artifact("neurons", row.neurons_sha256, row.neurons_bytes),
-            scores_file=scores,
+            scores_file=_optional("scores", row.scores_sha256, row.scores_bytes),
             overlay_file=Artifact("overlay", row.overlay_sha256, row.overlay_bytes),
+            memory_file=_optional("memory", row.memory_sha256, row.memory_bytes),
+            signature_file=_optional("signature", row.signature_sha256, row.signature_bytes),
             neuron_count=row.neuron_count,
             parameter_count=row.parameter_count,
             space_fingerprint=row.space_fingerprint,
@@ -171,6 +178,10 @@ class Entry:
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON has it."""
         return asdict(self) | {"reference": self.reference, "created_at": self.created_at.isoformat()}
+
+
+def _optional(name: str, sha256: str | None, size: int | None) -> Artifact | None:
+    return None if sha256 is None or size is None else Artifact(name, sha256, size)
 
 
 @dataclass(frozen=True, kw_only=True)

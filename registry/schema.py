@@ -106,6 +106,10 @@ class EntryRow(Base):
     scores_bytes: Mapped[int | None] = mapped_column(BigInteger)
     overlay_sha256: Mapped[str]
     overlay_bytes: Mapped[int] = mapped_column(BigInteger)
+    memory_sha256: Mapped[str | None]
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    signature_sha256: Mapped[str | None]
+    signature_bytes: Mapped[int | None] = mapped_column(BigInteger)
     neuron_count: Mapped[int] = mapped_column(BigInteger)
     parameter_count: Mapped[int] = mapped_column(BigInteger)
     space_fingerprint: Mapped[str]

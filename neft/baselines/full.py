@@ -7,9 +7,11 @@ from typing import ClassVar
 
 from torch import nn
 
+from neft.baselines.baseline import Baseline
+
 
 @dataclass(frozen=True)
-class Full:
+class Full(Baseline):
     """All weights are trained on each task in turn (SeqFT in the literature)."""
 
     name: ClassVar[str] = "full"

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from neft.baselines.baseline import Baseline
 from neft.strategies import check_count, check_positive
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Baseline):
     """PEFT's LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the head."""
 
     r: int = 8

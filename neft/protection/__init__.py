@@ -3,8 +3,8 @@
 from neft.protection.exclude import Exclude
 from neft.protection.keystone import KeystoneGuard
 from neft.protection.none import Unprotected
-from neft.protection.policy import Learnt, ProtectionPolicy
+from neft.protection.policy import Candidates, Learnt, ProtectionPolicy
 
 POLICIES: dict[str, type[ProtectionPolicy]] = {policy.name: policy for policy in (Exclude, KeystoneGuard, Unprotected)}
 
-__all__ = ["POLICIES", "Learnt", "ProtectionPolicy"]
+__all__ = ["POLICIES", "Candidates", "Learnt", "ProtectionPolicy"]

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from neft.errors import FailedError, InputError
 from neft.keystone import KeystoneSearch
 from neft.neurons import NeuronSet, NeuronSpace
-from neft.protection.policy import Learnt, without
+from neft.protection.policy import Candidates, Learnt, ProtectionPolicy, without
+from neft.scoring.scores import Scores
 
 
 @dataclass(frozen=True)
-class KeystoneGuard(KeystoneSearch):
+class KeystoneGuard(KeystoneSearch, ProtectionPolicy):
     """Keeps the base model's keystones out of every task's choice; with `only`, leaves nothing but them.
 
     Keystone neurons (arXiv 2605.24846). `earlier` says whether earlier tasks' neurons are kept out too, as by
@@ -44,8 +45,8 @@ class KeystoneGuard(KeystoneSearch):
             )
         return found
 
-    def free(self, space: NeuronSpace, earlier: Sequence[Learnt], reserved: NeuronSet) -> NeuronSet:
-        reserved.check_space(space)
-        candidates = reserved if self.only else space.all() - reserved
+    def candidates(self, scores: Scores, earlier: Sequence[Learnt], reserved: NeuronSet) -> Candidates:
+        reserved.check_space(scores.space)
+        free = reserved if self.only else scores.space.all() - reserved
         shared = self.only if self.earlier is None else self.earlier == "none"
-        return candidates if shared else without(candidates, earlier)
+        return Candidates(free if shared else without(free, earlier), scores)

@@ -6,21 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from neft.neurons import NeuronSet, NeuronSpace
-from neft.protection.policy import Learnt
+from neft.neurons import NeuronSet
+from neft.protection.policy import Candidates, Learnt, ProtectionPolicy
+from neft.scoring.scores import Scores
 
 
 @dataclass(frozen=True)
-class Unprotected:
+class Unprotected(ProtectionPolicy):
     """No protection: the control for the others."""
 
     name: ClassVar[str] = "none"
 
-    def reserve(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, space: NeuronSpace) -> NeuronSet:
-        return space.none()
-
-    def free(self, space: NeuronSpace, earlier: Sequence[Learnt], reserved: NeuronSet) -> NeuronSet:
-        return space.all()
+    def candidates(self, scores: Scores, earlier: Sequence[Learnt], reserved: NeuronSet) -> Candidates:
+        return Candidates(scores.space.all(), scores)

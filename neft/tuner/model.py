@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -239,6 +239,24 @@ class NeftModel(BaseTuner):
             dtype = dense_dtype(layer.get_base_layer())
             values[name] = whole(layer.neft_rows[adapter_name].detach()).to(dtype).cpu().clone()
         return Overlay(neurons, values)
+
+
+def trained_rows(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Module name, as in the base model -> the compact rows (k, d) of its active adapter that are in training.
+
+    Raises:
+        InputError: several adapters of one module are in training.
+    """
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    found: dict[str, nn.Parameter] = {}
+    for name, module in (unwrap() if unwrap else model).named_modules():
+        if isinstance(module, NeftLinear):
+            trained = [rows for rows in module.neft_rows.values() if rows.requires_grad]
+            if len(trained) > 1:
+                raise InputError(f"module {name!r} trains the rows of {len(trained)} adapters; train one at a time")
+            if trained:
+                found[name] = trained[0]
+    return found
 
 
 def _check_untied(model: nn.Module, names: Collection[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from neft.audit import state_digest
@@ -13,6 +14,7 @@ from neft.errors import FailedError, InputError
 from neft.keystone import KeystoneSearch
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.protection import POLICIES, Learnt
+from neft.scoring import Scores
 from tests.tiny import KEYSTONE_PROMPTS, tiny_model, tiny_tokenizer
 
 
@@ -59,7 +61,8 @@ def test_what_a_policy_leaves_free(
     space: NeuronSpace, policy: str, options: dict[str, Any], earlier: tuple[range, ...], free: range | tuple[()]
 ) -> None:
     reserved = NeuronSet(space, {space.sites[0].name: range(8)})
-    found = POLICIES[policy](**options).free(space, owned(space, *earlier), reserved)
+    scores = Scores(space, {site.name: torch.rand(site.size) for site in space.sites})
+    found = POLICIES[policy](**options).candidates(scores, owned(space, *earlier), reserved).free
     assert found[space.sites[0].name].tolist() == list(free)
     assert len(found[space.sites[1].name]) == (0 if options.get("only") else 64)
     assert found.space == space
@@ -69,7 +72,8 @@ def test_what_a_policy_leaves_free(
 def test_neurons_of_another_space_are_refused(space: NeuronSpace, policy: str) -> None:
     other = NeuronSpace.from_model(tiny_model("gpt2"))
     with pytest.raises(InputError, match="another neuron space"):
-        POLICIES[policy]().free(space, owned(other, range(3)), space.none())
+        scores = Scores(space, {site.name: torch.rand(site.size) for site in space.sites})
+        POLICIES[policy]().candidates(scores, owned(other, range(3)), space.none())
 
 
 @pytest.mark.parametrize("policy", ["exclude", "none"])

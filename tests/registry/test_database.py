@@ -83,9 +83,9 @@ def test_a_newer_database_is_refused(folder):
 def test_an_older_database_is_refused(folder, tmp_path, monkeypatch):
     Registry.open(folder).close()
     later = shutil.copytree(registry.database._MIGRATIONS, tmp_path / "migrations")
-    (later / "versions" / "0002_later.py").write_text("revision = '0002'\ndown_revision = '0001'\n")
+    (later / "versions" / "0003_later.py").write_text("revision = '0003'\ndown_revision = '0002'\n")
     monkeypatch.setattr(registry.database, "_MIGRATIONS", later)
-    with pytest.raises(FailedError, match="has schema 0001, older than this neft's 0002"):
+    with pytest.raises(FailedError, match="has schema 0002, older than this neft's 0003"):
         Registry.open(folder)
 
 
