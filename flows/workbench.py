@@ -82,6 +82,7 @@ class Workbench:
         self.policy: ProtectionPolicy
         self.baseline: Baseline | None
         self.reserved: NeuronSet
+        self.before: Learnt | None = None
         self.base = ""
         self.state = ""
         self.run: Run
@@ -120,9 +121,10 @@ class Workbench:
 
     def reserve(self) -> None:
         """Ask the protection policy for its neurons, once, while the model is still untouched."""
-        self.reserved = self.space.none()
+        self.reserved, self.before = self.space.none(), None
         if self.config.method.baseline is None:
             self.reserved = self.policy.reserve(self.model, self.tokenizer, self.space)
+            self.before = self.policy.before(self.model, self.tokenizer, self.space, self.config.seed)
         if self.reserved:
             sites = len(self.reserved.indices)
             say(f"protection policy {self.policy.name!r} reserves {len(self.reserved):,} neurons in {sites} sites")
@@ -321,7 +323,7 @@ class Workbench:
             "selection/parameters": neurons.parameters,
             "selection/free_before": work.selection.free,
         }
-        sizes |= {f"selection/iou/{learnt.task}": neurons.iou(learnt.neurons) for learnt in earlier}
+        sizes |= {f"selection/iou/{learnt.task}": neurons.iou(learnt.neurons) for learnt in earlier if learnt.neurons}
         self.tracker.log(work.run_id, sizes, 0)
         say(
             f"{self._head()} chose {len(neurons):,} of {work.selection.free:,} free neurons "
@@ -329,8 +331,9 @@ class Workbench:
         )
 
     def _earlier(self) -> list[Learnt]:
-        """The tasks learnt so far, as a protection policy sees them."""
-        return [
+        """What was learnt so far, as a protection policy sees it, the base model's own abilities first."""
+        first = [] if self.before is None else [self.before]
+        return first + [
             Learnt(entry.task, self.registry.neurons(entry), self.registry.scores(entry), self.registry.memory(entry))
             for entry in self.chain
         ]

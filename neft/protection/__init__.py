@@ -1,10 +1,13 @@
 """Protection policies, one a file, found by name in a config."""
 
 from neft.protection.exclude import Exclude
+from neft.protection.functional import Functional
 from neft.protection.keystone import KeystoneGuard
 from neft.protection.none import Unprotected
 from neft.protection.policy import Candidates, Learnt, ProtectionPolicy
 
-POLICIES: dict[str, type[ProtectionPolicy]] = {policy.name: policy for policy in (Exclude, KeystoneGuard, Unprotected)}
+POLICIES: dict[str, type[ProtectionPolicy]] = {
+    policy.name: policy for policy in (Exclude, Functional, KeystoneGuard, Unprotected)
+}
 
 __all__ = ["POLICIES", "Candidates", "Learnt", "ProtectionPolicy"]

@@ -60,6 +60,15 @@ class ProtectionPolicy(Protocol):
         """
         return space.none()
 
+    def before(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, space: NeuronSpace, seed: int
+    ) -> Learnt | None:
+        """What the untouched base model can do, as if it were a task learnt before the first; None to leave it out.
+
+        Asked once a run, as `reserve`; it stands first among the earlier tasks that the other methods are given.
+        """
+        return None
+
     def candidates(self, scores: Scores, earlier: Sequence[Learnt], reserved: NeuronSet) -> Candidates:
         """What a task with these `scores` may choose from; `reserved` is what `reserve` gave."""
         ...

@@ -61,7 +61,7 @@ def run_tapped(
             if backward:
                 _summed_loss(model, inputs).backward()
             else:
-                _run_body(model, inputs)
+                run_body(model, inputs)
 
 
 def _summed_loss(model: nn.Module, inputs: Batch) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _summed_loss(model: nn.Module, inputs: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _run_body(model: nn.Module, inputs: Batch) -> None:
+def run_body(model: nn.Module, inputs: Batch) -> None:
     """Forward, with as little of the head as the model allows: no activation that is tapped comes after it."""
     if takes_positions(model):
         model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False, logits_to_keep=1)
