@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,72 +10,91 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neft.encoding import Batch
+from neft.encoding import IGNORED, Batch
 from neft.modes import in_evaluation
 from neft.scoring.taps import run_body
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Uncentred second moments of what modules read, over all real tokens of some batches.
+class Inputs:
+    """What modules read at some tokens.
 
     Attributes:
         groups: module name -> the first module that reads the very same input (gate and up read one).
-        second: that module's name -> mean of x x^T, float32 (in, in).
-        energy: the name of a module asked for its channels -> mean of x^2, float32 (in,).
+        rows: that module's name -> float32 (tokens, in); a row times its token's weight, so that X^T X are the second
+            moments.
     """
 
     groups: Mapping[str, str]
-    second: Mapping[str, torch.Tensor]
-    energy: Mapping[str, torch.Tensor]
+    rows: Mapping[str, torch.Tensor]
 
 
-def gather(model: nn.Module, matrices: Iterable[str], channels: Iterable[str], batches: Sequence[Batch]) -> Moments:
-    """Run `model` over `batches`, in evaluation mode, and add up what modules read; the model is left as it was.
+def gather(model: nn.Module, modules: Iterable[str], batches: Sequence[Batch], tokens: int) -> Inputs:
+    """Run `model` over `batches`, in evaluation mode, and keep what `modules` read; the model is left as it was.
+
+    Tokens from which a label is predicted are few but decide the answer: together they weigh as much as all others.
 
     Args:
-        matrices: modules whose inputs' second moments are wanted; (in, in) floats are held for each group of them.
-        channels: modules of whose inputs the mean energy of each channel is enough.
+        tokens: how many are kept at most: every token that predicts a label, as far as there is room, then others at
+            even distances.
     """
     device = next(model.parameters()).device
-    second: dict[str, torch.Tensor] = {}
-    energy: dict[str, torch.Tensor] = {}
+    chosen = _tokens(batches, tokens)
+    found: dict[str, list[torch.Tensor]] = {}
     groups: dict[str, str] = {}
     seen: list[tuple[torch.Tensor, str]] = []
-    tokens = 0
 
-    def add(name: str, wanted: bool, inputs: tuple[torch.Tensor, ...]) -> None:
-        found = inputs[0]
-        if wanted and (first := next((owner for tensor, owner in seen if tensor is found), None)) is not None:
-            groups[name] = first
-            return
-        read = found.detach().float().reshape(*mask.shape, -1)[mask]
-        if wanted:
-            seen.append((found, name))
-            groups[name] = name
-            second[name] = second.get(name, 0) + read.T @ read
-        else:
-            energy[name] = energy.get(name, 0) + read.square().sum(0)
+    def keep(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        read = inputs[0]
+        first = next((owner for tensor, owner in seen if tensor is read), None)
+        groups[name] = name if first is None else first
+        if first is None:
+            seen.append((read, name))
+            values = read.detach().reshape(-1, read.shape[-1])[places].float()
+            found.setdefault(name, []).append(values * weights[:, None])
 
     with ExitStack() as stack:
         stack.enter_context(in_evaluation(model))
-        for wanted, names in ((True, matrices), (False, channels)):
-            for name in names:
-                handle = model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, inputs, name=name, wanted=wanted: add(name, wanted, inputs)
-                )
-                stack.callback(handle.remove)
-        for batch in batches:
-            placed = {key: tensor.to(device) for key, tensor in batch.items()}
-            mask = placed["attention_mask"].bool()
-            tokens += int(mask.sum())
-            run_body(model, placed)
+        for name in modules:
+            handle = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, name=name: keep(name, inputs)
+            )
+            stack.callback(handle.remove)
+        for batch, picked in zip(batches, chosen, strict=True):
+            places, weights = (values.to(device) for values in picked)
+            run_body(model, {key: tensor.to(device) for key, tensor in batch.items()})
             seen.clear()
-    return Moments(
-        groups,
-        {name: total / tokens for name, total in second.items()},
-        {name: total / tokens for name, total in energy.items()},
-    )
+    return Inputs(groups, {name: torch.cat(parts).cpu() for name, parts in found.items()})
+
+
+def _tokens(batches: Sequence[Batch], most: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each batch the places (n,) of the tokens to keep, counted through the batch, and a factor (n,) for each."""
+    real = torch.cat([batch["attention_mask"].bool().flatten() for batch in batches])
+    labelled = torch.cat([_predicts(batch["labels"]).flatten() for batch in batches]) & real
+    predicting, others = labelled.nonzero().squeeze(-1), (real & ~labelled).nonzero().squeeze(-1)
+    kinds = [_evenly(predicting, most), _evenly(others, most - min(most, len(predicting)))]
+    kinds = [places for places in kinds if len(places)]
+    places = torch.cat(kinds)
+    factors = torch.cat([torch.full((len(kind),), math.sqrt(1 / len(kinds) / len(kind))) for kind in kinds])
+    found, start = [], 0
+    for batch in batches:
+        size = batch["labels"].numel()
+        mine = (places >= start) & (places < start + size)
+        found.append((places[mine] - start, factors[mine]))
+        start += size
+    return found
+
+
+def _predicts(labels: torch.Tensor) -> torch.Tensor:
+    """Where a causal model predicts a label: one token before it."""
+    return torch.cat([labels[:, 1:] != IGNORED, torch.zeros_like(labels[:, :1], dtype=torch.bool)], dim=1)
+
+
+def _evenly(places: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of the places, at even distances."""
+    if len(places) <= most:
+        return places
+    return places[torch.arange(most) * len(places) // most] if most else places[:0]
 
 
 @dataclass(frozen=True)
@@ -93,25 +113,26 @@ class Directions:
         """How much of the input's energy lies in these directions, in [0, 1]."""
         return float(self.energy.sum()) / self.total if self.total else 1.0
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """Rows (r, d) whose second moments are those of the input along its directions, of total energy 1."""
+        return self.basis.double() * (self.energy.double() / self.total).sqrt()[:, None]
 
-def leading(second: torch.Tensor, share: float, most: int, total: float | None = None) -> Directions:
-    """As few leading directions of second moments (d, d) as carry `share` of their energy; at most `most`.
+
+def leading(rows: torch.Tensor, share: float, most: int, total: float | None = None) -> Directions:
+    """As few leading directions of `rows` (n, d) as carry `share` of their energy; at most `most`. float64.
 
     Args:
-        total: the energy that the share is one of; default: all of `second`'s.
+        total: the energy that the share is one of; default: all of the rows'.
     """
-    values, vectors = torch.linalg.eigh(second.double())
+    rows = rows.double()
+    total = float(rows.square().sum()) if total is None else total
+    wide = rows.shape[0] < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    total = float(values.sum()) if total is None else total
     # The last direction must reach the share, rounding aside; a direction without energy is never kept.
     short = values.cumsum(0) < share * total * (1 - 1e-6)
-    count = min(int(short.sum()) + 1, most, int((values > 1e-12 * total).sum()))
-    return Directions(vectors[:, :count].T.contiguous(), values[:count], total)
-
-
-def united(parts: Sequence[Directions], share: float, most: int) -> Directions:
-    """The leading directions of several inputs together, each counting the same, kept or not."""
-    second = torch.stack(
-        [(each.basis.double().T * (each.energy.double() / each.total)) @ each.basis.double() for each in parts]
-    ).sum(0)
-    return leading(second, share, most, total=float(len(parts)))
+    count = min(int(short.sum()) + 1, most, int((values > 1e-9 * values.sum()).sum()))
+    values, vectors = values[:count], vectors[:, :count]
+    basis = (vectors.T @ rows) / values.sqrt()[:, None] if wide else vectors.T
+    return Directions(basis.contiguous(), values, total)

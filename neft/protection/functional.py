@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,12 @@ from neft.encoding import Batch, batches
 from neft.guard import Guard, Limit
 from neft.memory import Memory
 from neft.modes import in_evaluation
-from neft.neurons import NeuronSet, NeuronSpace
+from neft.neurons import NeuronSet, NeuronSpace, Side
 from neft.protection.exclude import Exclude
 from neft.protection.policy import Learnt
 from neft.scoring.taylor import Taylor
 from neft.strategies import check_count, check_fraction
-from neft.subspaces import Directions, gather, leading, united
+from neft.subspaces import Directions, gather, leading
 from neft.tasks import Task
 
 _BATCH = 8
@@ -29,13 +28,14 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Functional(Exclude):
-    """Exclusion, and changes of chosen rows kept out of the directions in which earlier tasks' inputs lie.
+    """Exclusion, and changes kept across the directions in which the inputs of earlier tasks lie.
 
-    Of each learnt task a summary is kept: the leading directions of what every chosen row reads (its uncentred second
-    moments, over `examples` training examples), as many as carry `energy` of it and as fit in `memory` of the overlay's
-    bytes. A new task's rows change only across them: gradients are projected (GPM, arXiv 2103.09762), and so is every
-    optimiser step, since an adaptive step leaves the space again. Of any input's directions at most `closed` are
-    closed, the ones with most energy, so that there is always room to learn.
+    Of each learnt task a summary is kept: the leading directions of what the modules read at `tokens` tokens of
+    `examples` training examples, as many as carry `energy` of it and as fit in `memory` of the overlay's bytes, and how
+    strongly each neuron fires. What a new task changes in a module must be across them: of a row's change, the whole
+    input's directions; of the chosen columns together, the directions in which those neurons fire. Gradients are
+    projected (GPM, arXiv 2103.09762), and so is every optimiser step, since an adaptive step leaves the space again. Of
+    any input's directions at most `closed` are closed, those with most energy, so that there is always room to learn.
 
     What the untouched model does is protected like a first task: `general` texts that it writes itself, drawn by the
     stream's seed, stand for it. With 0 it is not protected.
@@ -45,6 +45,7 @@ class Functional(Exclude):
     closed: float = 0.45
     memory: float = 0.2
     examples: int = 48
+    tokens: int = 512
     general: int = 16
     general_tokens: int = 128
 
@@ -53,7 +54,7 @@ class Functional(Exclude):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(self.name, energy=self.energy, closed=self.closed, memory=self.memory)
-        check_count(self.name, examples=self.examples, general_tokens=self.general_tokens)
+        check_count(self.name, examples=self.examples, tokens=self.tokens, general_tokens=self.general_tokens)
         if self.general:
             check_count(self.name, general=self.general)
 
@@ -71,22 +72,28 @@ class Functional(Exclude):
         memories = [learnt.memory for learnt in earlier if learnt.memory and learnt.memory.policy == self.name]
         return AcrossInputs(self._closed_directions(neurons, memories)) if memories else None
 
-    def _closed_directions(self, neurons: NeuronSet, memories: Sequence[Memory]) -> dict[str, torch.Tensor]:
-        """Module name -> basis (r, in) of the directions that changes of its rows must not have."""
-        found: dict[str, torch.Tensor] = {}
-        bases: dict[tuple[str, ...], torch.Tensor] = {}
-        for module, rows in neurons.rows().items():
-            if rows.side != "row":
-                continue
+    def _closed_directions(self, neurons: NeuronSet, memories: Sequence[Memory]) -> dict[str, Closed]:
+        """Module name -> the directions that changes of its rows or columns must not have."""
+        found: dict[str, Closed] = {}
+        shared: dict[tuple[str, ...], torch.Tensor] = {}
+        for module, chosen in neurons.rows().items():
             known = [memory for memory in memories if module in memory.description["groups"]]
             groups = tuple(memory.description["groups"][module] for memory in known)
-            if known and groups not in bases:
-                parts = [_read(memory, group) for memory, group in zip(known, groups, strict=True)]
-                most = int(self.closed * parts[0].basis.shape[1])
-                bases[groups] = united(parts, self.energy, most).basis.float()
-            if known:
-                found[module] = bases[groups]
+            if not known:
+                continue
+            if chosen.side == "column":
+                index = torch.from_numpy(chosen.positions.copy())
+                parts = [_of_columns(memory, group, index) for memory, group in zip(known, groups, strict=True)]
+                found[module] = Closed("column", self._leading(torch.cat(parts), None))
+                continue
+            if groups not in shared:
+                parts = [_read(memory, group).rows for memory, group in zip(known, groups, strict=True)]
+                shared[groups] = self._leading(torch.cat(parts), float(len(parts)))
+            found[module] = Closed("row", shared[groups])
         return found
+
+    def _leading(self, rows: torch.Tensor, total: float | None) -> torch.Tensor:
+        return leading(rows, self.energy, int(self.closed * rows.shape[1]), total).basis.float()
 
     def remember(
         self,
@@ -107,39 +114,45 @@ class Functional(Exclude):
     def _summary(
         self, model: nn.Module, space: NeuronSpace, read: Sequence[Batch], bytes_allowed: int | None
     ) -> Memory:
-        parts = [part for site in space.sites for part in site.parts]
-        rows = dict.fromkeys(part.module for part in parts if part.side == "row")
-        columns = dict.fromkeys(part.module for part in parts if part.side == "column")
-        moments = gather(model, rows, columns, read)
-        tensors = {f"{name}/channels": values.half() for name, values in moments.energy.items()}
-        room = _room(moments.second, tensors, bytes_allowed)
-        shares = []
-        for name, second in moments.second.items():
-            found = leading(second, self.energy, room(second.shape[0]))
+        sides = {part.module: part.side for site in space.sites for part in site.parts}
+        inputs = gather(model, sides, read, self.tokens)
+        channels = {
+            f"{name}/channels": inputs.rows[inputs.groups[name]].square().sum(0).half()
+            for name, side in sides.items()
+            if side == "column"
+        }
+        left = None if bytes_allowed is None else bytes_allowed - sum(values.nbytes for values in channels.values())
+        tensors, totals, shares = dict(channels), {}, []
+        for name, rows in inputs.rows.items():
+            found = leading(rows, self.energy, _most(rows.shape[1], len(inputs.rows), left))
+            totals[name] = found.total
             shares.append(found.share)
             tensors |= {f"{name}/basis": found.basis.half(), f"{name}/energy": found.energy.float()}
-        description = {
-            "groups": dict(moments.groups),
-            "totals": {name: float(second.trace()) for name, second in moments.second.items()},
-            "least_share": min(shares, default=1.0),
-        }
-        return Memory(self.name, tensors, description)
+        return Memory(self.name, tensors, {"groups": dict(inputs.groups), "totals": totals, "least_share": min(shares)})
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Orthonormal directions (r, n): of a module's input, for its rows; among its chosen columns, for columns."""
+
+    side: Side
+    basis: torch.Tensor
+
+    def limit(self, change: torch.Tensor) -> torch.Tensor:
+        """The change (k, d) of rows or columns, without its part along the directions."""
+        basis, values = self.basis.to(change.device), change.float()
+        along = (values @ basis.T) @ basis if self.side == "row" else basis.T @ (basis @ values)
+        return (values - along).to(change.dtype)
 
 
 class AcrossInputs(Guard):
-    """Keeps changes of rows (k, in) across given directions (r, in) of their modules' inputs."""
+    """Keeps changes across the closed directions of their modules' inputs."""
 
-    def __init__(self, closed: Mapping[str, torch.Tensor]):
+    def __init__(self, closed: Mapping[str, Closed]):
         self.closed = closed
 
     def limits(self) -> Mapping[str, Limit]:
-        return {name: partial(_across, basis) for name, basis in self.closed.items()}
-
-
-def _across(basis: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    basis = basis.to(change.device)
-    values = change.float()
-    return (values - (values @ basis.T) @ basis).to(change.dtype)
+        return {name: closed.limit for name, closed in self.closed.items()}
 
 
 def _read(memory: Memory, group: str) -> Directions:
@@ -148,16 +161,20 @@ def _read(memory: Memory, group: str) -> Directions:
     return Directions(basis, energy, memory.description["totals"][group])
 
 
-def _room(
-    second: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor], bytes_allowed: int | None
-) -> Callable[[int], int]:
-    """How many directions of an input of some width fit, where bytes are spread by the square of the width."""
-    if bytes_allowed is None:
-        return lambda width: width
-    left = bytes_allowed - sum(values.nbytes for values in others.values())
-    squares = sum(values.shape[0] ** 2 for values in second.values())
+def _of_columns(memory: Memory, group: str, index: torch.Tensor) -> torch.Tensor:
+    """Rows (n, k) with the second moments of the input's columns `index` (k,).
+
+    What the kept directions miss of a column's energy counts as if it varied by itself.
+    """
+    rows = _read(memory, group).rows[:, index]
+    energy = memory.tensors[f"{group}/channels"].double()[index] / memory.description["totals"][group]
+    return torch.cat([rows, (energy - rows.square().sum(0)).clamp_min(0).sqrt().diag()])
+
+
+def _most(width: int, groups: int, bytes_left: int | None) -> int:
+    """How many directions of an input of that width fit, where every group gets the same bytes."""
     # A direction costs its halves, and a float for its energy.
-    return lambda width: max(1, int(left * width**2 / squares / (2 * width + 4)))
+    return width if bytes_left is None else max(1, bytes_left // groups // (2 * width + 4))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from neft.protection import Learnt
 from neft.protection.functional import Functional, written_by
 from neft.scoring import SCORERS, Scores
 from neft.selection import Budget, select
-from neft.subspaces import gather, leading, united
+from neft.subspaces import gather, leading
 from neft.tasks import Example, Task
 from neft.training import train
 from neft.training_spec import TrainingSpec
@@ -73,7 +73,7 @@ def row_changes(model: nn.Module, before: dict[str, torch.Tensor], neurons: Neur
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_new_task_changes_rows_across_earlier_inputs_alone(family: str) -> None:
-    model, policy = tiny_model(family), Functional(general=0, energy=0.99, memory=0.9)
+    model, policy = tiny_model(family), Functional(general=0, energy=0.99, memory=0.9, closed=0.45)
     first = learn(model, policy, FIRST, [])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     second = learn(model, policy, SECOND, [first])
@@ -97,13 +97,13 @@ def test_outputs_on_earlier_inputs_move_by_less_than_the_bound() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     read = list(batches(TOKENIZER, FIRST.train, 8, 16))
     names = [part.module for part in first.neurons.space.sites[0].parts if part.side == "row"]
-    second = gather(model, names, [], read).second[names[0]]
+    seen = gather(model, names, read, 10_000).rows[names[0]].double()
+    total = float(seen.square().sum())
     later = learn(model, policy, SECOND, [first])
     for name, change in row_changes(model, before, later.neurons).items():
         if name in names:
-            moved = float(((change @ second) * change).sum())
-            open_energy = 0.05 * float(second.trace())
-            assert 0 < moved <= 1.02 * float(torch.linalg.matrix_norm(change, 2)) ** 2 * open_energy
+            moved = float((seen @ change.double().T).square().sum())
+            assert 0 < moved <= 1.02 * float(torch.linalg.matrix_norm(change, 2)) ** 2 * 0.05 * total
 
 
 def test_earlier_answers_move_less_than_under_exclusion() -> None:
@@ -119,7 +119,7 @@ def test_earlier_answers_move_less_than_under_exclusion() -> None:
     assert moved(protected=True) < 0.5 * moved(protected=False)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("share", [0.1, 0.2])
 def test_a_memory_fits_in_its_share_of_the_overlay(share: float) -> None:
     model = tiny_model()
     neurons, _ = chosen(model, Functional(), FIRST, [])
@@ -162,7 +162,7 @@ def test_modules_that_read_the_same_input_share_a_basis() -> None:
     assert isinstance(memory, Memory)
     groups = memory.description["groups"]
     assert groups["model.layers.0.mlp.up_proj"] == groups["model.layers.0.mlp.gate_proj"]
-    assert len(set(groups.values())) == 2
+    assert len(set(groups.values())) == 4  # in each of two layers, gate and up, and down
 
 
 def test_padding_counts_for_nothing() -> None:
@@ -172,28 +172,70 @@ def test_padding_counts_for_nothing() -> None:
         name: torch.cat([values, torch.full((4, 3), -100 if name == "labels" else 0)], 1)
         for name, values in read.items()
     }
-    names = ["model.layers.1.mlp.gate_proj"]
-    one, other = (gather(model, names, ["model.layers.1.mlp.down_proj"], [batch]) for batch in (read, longer))
-    assert torch.allclose(one.second[names[0]], other.second[names[0]], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(*(each.energy["model.layers.1.mlp.down_proj"] for each in (one, other)), rtol=1e-4)
+    names = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"]
+    one, other = (gather(model, names, [batch], 100) for batch in (read, longer))
+    for name in names:
+        assert torch.allclose(one.rows[name], other.rows[name], rtol=1e-4, atol=1e-6)
 
 
-def test_leading_directions_carry_the_share_asked_for() -> None:
-    values = torch.tensor([6.0, 3.0, 1.0, 0.0])
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
-    second = turn @ torch.diag(values) @ turn.T
+def test_tokens_that_predict_a_label_are_all_kept_and_weigh_half() -> None:
+    model, read = tiny_model(), list(batches(TOKENIZER, FIRST.train, 8))
+    name, predicting = "model.layers.0.mlp.gate_proj", 2 * len(FIRST.train)  # the label, and the end after it
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach()) and None
+    )
+    for batch in read:
+        model(**batch)
+    handle.remove()
+    weighed = torch.cat(seen)
+    labels = torch.cat([batch["labels"] for batch in read])
+    at = torch.cat([labels[:, 1:] != -100, torch.zeros(len(labels), 1, dtype=torch.bool)], 1)
+    assert int(at.sum()) == predicting
+    second = (weighed[at].T @ weighed[at]) / predicting
+    few = gather(model, [name], read, predicting).rows[name]
+    assert torch.allclose(few.T @ few, second, rtol=1e-3, atol=1e-5)
+    mask = torch.cat([batch["attention_mask"] for batch in read]).bool() & ~at
+    both = gather(model, [name], read, 10_000).rows[name]
+    whole = second / 2 + (weighed[mask].T @ weighed[mask]) / int(mask.sum()) / 2
+    assert torch.allclose(both.T @ both, whole, rtol=1e-3, atol=1e-5)
+    assert len(gather(model, [name], read, 30).rows[name]) == 30
+
+
+def test_chosen_columns_do_not_change_along_what_earlier_tasks_fire() -> None:
+    model, policy = tiny_model(), Functional(general=0, energy=0.99, closed=0.9, memory=0.9)
+    first = learn(model, policy, FIRST, [])
+    second = learn(model, policy, SECOND, [first])
+    guard = policy.guard(model, second.neurons, [first])
+    assert guard is not None
+    name = "model.layers.0.mlp.down_proj"
+    index = torch.from_numpy(second.neurons.rows()[name].positions.copy())
+    fired = gather(model, [name], list(batches(TOKENIZER, FIRST.train, 8, 16)), 512).rows[name][:, index]
+    change = torch.randn(len(index), 32, generator=torch.Generator().manual_seed(0))
+    limited = guard.limits()[name](change)
+    assert (fired @ limited).square().sum() < 0.05 * (fired @ change).square().sum()
+    assert limited.norm() > 0.2 * change.norm()
+    assert torch.allclose(guard.limits()[name](limited), limited, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_leading_directions_carry_the_share_asked_for(rows: int) -> None:
+    values = torch.tensor([6.0, 3.0, 1.0])
+    draw = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(rows, rows, generator=draw)).Q[:, :3]
+    right = torch.linalg.qr(torch.randn(8, 8, generator=draw)).Q[:3]
+    seen = left @ torch.diag(values.sqrt()) @ right
     for share, count in ((0.5, 1), (0.6, 1), (0.61, 2), (0.9, 2), (0.91, 3), (0.999, 3)):
-        found = leading(second, share, 4)
+        found = leading(seen, share, 4)
         assert len(found.basis) == count
         assert found.share == pytest.approx(float(values[:count].sum()) / 10)
         assert torch.allclose(found.basis @ found.basis.T, torch.eye(count, dtype=torch.float64), atol=1e-6)
-    assert len(leading(second, 0.999, 2).basis) == 2
+    assert len(leading(seen, 0.999, 2).basis) == 2
 
 
-def test_inputs_are_united_whatever_their_scale() -> None:
-    first = leading(torch.diag(torch.tensor([100.0, 0, 0])), 0.9, 3)
-    second = leading(torch.diag(torch.tensor([0, 1.0, 0])), 0.9, 3)
-    both = united([first, second], 0.9, 3)
+def test_inputs_count_the_same_whatever_their_scale() -> None:
+    parts = [leading(torch.tensor(rows), 0.9, 3).rows for rows in ([[10.0, 0, 0]], [[0, 0.1, 0]])]
+    both = leading(torch.cat(parts), 0.9, 3, total=2.0)
     assert len(both.basis) == 2
     assert torch.allclose(both.basis[:, 2], torch.zeros(2, dtype=torch.float64))
 
