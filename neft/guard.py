@@ -7,7 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from neft.errors import InputError
 from neft.tasks import Example
 
 #: What may stay of a change (k, d) in a module's trained rows; linear, and of the same shape and dtype.
@@ -32,3 +34,42 @@ class Guard(Protocol):
     def penalty(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """What is added to a batch's mean loss, a scalar; None for nothing."""
         return None
+
+
+class Limiter:
+    """Keeps trained rows within limits: their gradients, and what every optimiser step makes of them.
+
+    Use: `begin`, then around each step of the optimiser `before_step` and `after_step`, and `end`.
+    """
+
+    def __init__(self, rows: Mapping[str, nn.Parameter], limits: Mapping[str, Limit]):
+        """
+        Args:
+            rows: module name -> its rows in training, as `neft.tuner.model.trained_rows` gives them.
+
+        Raises:
+            InputError: a limit of a module of which no rows are trained.
+        """
+        unknown = sorted(limits.keys() - rows.keys())
+        if unknown:
+            raise InputError(f"a guard limits module {unknown[0]!r}, of which no rows are trained")
+        self._limited = [(rows[name], limit) for name, limit in limits.items()]
+        self._before: list[torch.Tensor] = []
+        self._handles: list[RemovableHandle] = []
+
+    def begin(self) -> None:
+        # A hook on the tensor sees each batch's gradient before it is added up, so that a limit is applied once.
+        self._handles = [rows.register_hook(limit) for rows, limit in self._limited]
+
+    def before_step(self) -> None:
+        self._before = [rows.detach().clone() for rows, _ in self._limited]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for (rows, limit), before in zip(self._limited, self._before, strict=True):
+            rows.copy_(before + limit(rows - before))
+        self._before = []
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()

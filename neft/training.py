@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -33,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from neft.encoding import encode
 from neft.errors import FailedError, InputError
 from neft.frozen_layers import FrozenLayers
-from neft.guard import Guard, Limit
+from neft.guard import Guard, Limiter
 from neft.losses import completion_loss
 from neft.tasks import Example, Task
 from neft.training_spec import TrainingSpec
@@ -86,7 +85,7 @@ def train(
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
         if guard is not None and (limits := guard.limits()):
-            callbacks.append(_Limited(learner, limits))
+            callbacks.append(_Limited(Limiter(trained_rows(learner), limits)))
         try:
             trainer = _CompletionTrainer(
                 model=learner,
@@ -176,41 +175,30 @@ class _CompletionTrainer(SFTTrainer):
 
 
 class _Limited(TrainerCallback):
-    """Keeps the changes of trained rows within a guard's limits: their gradients, and what every step makes of them."""
+    """Keeps trained rows within a guard's limits."""
 
-    def __init__(self, model: nn.Module, limits: Mapping[str, Limit]):
-        trained = trained_rows(model)
-        unknown = sorted(limits.keys() - trained.keys())
-        if unknown:
-            raise InputError(f"a guard limits module {unknown[0]!r}, of which no rows are trained")
-        self._limited = [(trained[name], limit) for name, limit in limits.items()]
-        self._before: list[torch.Tensor] = []
-        self._handles: list[RemovableHandle] = []
+    def __init__(self, limiter: Limiter):
+        self.limiter = limiter
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A hook on the tensor sees each batch's gradient before it is added up, so that a limit is applied once.
-        self._handles = [rows.register_hook(limit) for rows, limit in self._limited]
+        self.limiter.begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._before = [rows.detach().clone() for rows, _ in self._limited]
+        self.limiter.before_step()
 
-    @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for (rows, limit), before in zip(self._limited, self._before, strict=True):
-            rows.copy_(before + limit(rows - before))
-        self._before = []
+        self.limiter.after_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.limiter.end()
 
 
 class _Progress(TrainerCallback):
