@@ -8,10 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
-from neft.audit import state_digest
-from neft.baselines import BASELINES
+from neft.audit import WeightAudit, state_digest, trained_weights
+from neft.baselines import BASELINES, Baseline
 from neft.baselines.lora import Lora
 from neft.encoding import collate, encode
 from neft.strategies import build
@@ -29,11 +28,22 @@ TASK = Task("toy", ROWS, ROWS, "accuracy", (" warm", " cold"))
 SPEC = TrainingSpec(max_steps=12, learning_rate=0.02, max_length=16, per_device_train_batch_size=4)
 BATCH = collate([encode(TOKENIZER, example) for example in ROWS], 0)
 
-#: One row per baseline, in the words of a config, and which of a tiny Llama's weights it trains.
+FFN = ("gate_proj", "up_proj", "down_proj")
+#: One row per baseline, in the words of a config, and which of a tiny Llama's weights it may train.
 MATRIX: dict[str, tuple[Any, tuple[str, ...]]] = {
     "full": ("full", ("",)),
-    "lora": ({"name": "lora", "r": 4, "alpha": 8}, ("_proj",)),
+    "ffn": ("ffn", FFN),
+    "hft": ("hft", ("_proj",)),
+    "ewc": ({"name": "ewc", "weight": 100, "examples": 4}, ("",)),
+    "replay": ({"name": "replay", "examples": 4, "share": 0.25}, ("",)),
+    "lora": ({"name": "lora", "r": 4, "alpha": 8, "replay": 2}, ("_proj",)),
+    "olora": ({"name": "olora", "r": 4, "alpha": 8, "weight": 0.01}, ("_proj",)),
+    "osf": ({"name": "osf", "effective_rank": 0.25}, ("_proj",)),
+    "single": ({"name": "single", "by": {"name": "lora", "r": 4}}, ("_proj",)),
+    "joint": ({"name": "joint", "by": "ffn"}, FFN),
 }
+#: PEFT's OSF knows no Conv1D, of which GPT-2 is made.
+RUNS = [(name, family) for name in MATRIX for family in ("llama", "gpt2") if (name, family) != ("osf", "gpt2")]
 
 
 @torch.no_grad()
@@ -47,12 +57,17 @@ def logits(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def learnt(choice: Any, model: PreTrainedModel, seed: int = 0) -> tuple[nn.Module, nn.Module]:
+def learn(baseline: Baseline, model: nn.Module, seed: int = 0, task: Task = TASK) -> tuple[nn.Module, nn.Module]:
     """What the baseline trained, and the plain model it made of it."""
-    baseline = build("baseline", BASELINES, choice)
     prepared = baseline.prepare(model, seed)
-    train(prepared, TOKENIZER, TASK, SPEC, seed)
-    return prepared, baseline.finish(prepared)
+    train(prepared, TOKENIZER, task, SPEC, seed, guard=baseline.guard(prepared))
+    finished = baseline.finish(prepared)
+    baseline.remember(finished, TOKENIZER, task, 16, seed)
+    return prepared, finished
+
+
+def made(choice: Any) -> Baseline:
+    return build("baseline", BASELINES, choice)
 
 
 def test_every_baseline_has_a_row() -> None:
@@ -60,12 +75,11 @@ def test_every_baseline_has_a_row() -> None:
     assert all(baseline.name == name for name, baseline in BASELINES.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize(("name", "family"), RUNS)
 def test_a_plain_model_that_learned_comes_out(name: str, family: str) -> None:
     model = tiny_model(family)
     names, before = set(model.state_dict()), loss(model)
-    _, finished = learnt(MATRIX[name][0], model)
+    _, finished = learn(made(MATRIX[name][0]), model)
     assert type(finished) is type(tiny_model(family))
     assert set(finished.state_dict()) == names
     assert not any(parameter.requires_grad and parameter.grad is not None for parameter in finished.parameters())
@@ -74,19 +88,29 @@ def test_a_plain_model_that_learned_comes_out(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_it_trains_the_weights_it_should(name: str) -> None:
+def test_it_trains_the_weights_it_should_and_says_which(name: str) -> None:
     choice, endings = MATRIX[name]
-    before = tiny_model().state_dict()
-    _, finished = learnt(choice, tiny_model())
+    before, baseline, model = tiny_model().state_dict(), made(choice), tiny_model()
+    audit = WeightAudit(model)
+    prepared = baseline.prepare(model, 0)
+    trained = trained_weights(prepared) & before.keys()
+    train(prepared, TOKENIZER, TASK, SPEC, 0, guard=baseline.guard(prepared))
+    finished = baseline.finish(prepared)
     changed = {key for key, tensor in finished.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed == {key for key in before if key.removesuffix(".weight").endswith(endings)}
+    assert changed == trained
+    allowed = {key for key in before if key.removesuffix(".weight").endswith(endings)}
+    assert changed < allowed if name == "hft" else changed == allowed
+    result = audit.compare(finished, trained)
+    assert result.identical
+    assert result.parameters_outside == sum(before[key].numel() for key in before.keys() - changed)
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_tasks_follow_one_another(name: str) -> None:
-    _, first = learnt(MATRIX[name][0], tiny_model())
+    baseline = made(MATRIX[name][0])
+    _, first = learn(baseline, tiny_model())
     digest = state_digest(first)
-    prepared, second = learnt(MATRIX[name][0], first)
+    prepared, second = learn(baseline, first, seed=1)
     assert any(parameter.numel() for parameter in prepared.parameters())
     assert type(second) is type(tiny_model())
     assert state_digest(second) != digest
@@ -94,14 +118,14 @@ def test_tasks_follow_one_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_same_seed_gives_the_same_weights(name: str) -> None:
-    digests = [state_digest(learnt(MATRIX[name][0], tiny_model(), seed)[1]) for seed in (0, 0, 1)]
+    digests = [state_digest(learn(made(MATRIX[name][0]), tiny_model(), seed)[1]) for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_full_trains_weights_that_were_frozen() -> None:
     model = tiny_model().requires_grad_(False)
     digest = state_digest(model)
-    _, finished = learnt("full", model)
+    _, finished = learn(made("full"), model)
     assert state_digest(finished) != digest
 
 
