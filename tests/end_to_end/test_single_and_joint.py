@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,10 @@ def children(learnt: Learnt) -> list[tuple[str, str | None, str]]:
 
 
 def printed(learnt: Learnt) -> str:
-    console = Console(width=200, record=True, quiet=True)
-    console.print(as_table([learnt.run]))
-    return console.export_text()
+    console = Console(width=200, file=StringIO())
+    with console.capture() as captured:
+        console.print(as_table([learnt.run]))
+    return captured.get()
 
 
 def test_single_learns_each_task_from_the_base_model(
