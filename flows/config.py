@@ -47,7 +47,10 @@ class MethodSpec(Spec):
     selection: SelectionSpec = Field(SelectionSpec(), description="how the budget is spent")
     protection: Choice = Field("exclude", description="protection policy, by name, or with options")
     baseline: Choice | None = Field(
-        None, description="train by this baseline instead of by neurons: `full`, `lora`; nothing is recorded to reuse"
+        None,
+        description="train by this baseline instead of by neurons, by name, or with options: "
+        + ", ".join(f"`{name}`" for name in BASELINES)
+        + "; nothing is recorded to reuse",
     )
 
     @field_validator("scorer", "protection", "baseline")

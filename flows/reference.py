@@ -119,7 +119,7 @@ def _strategies(title: str, key: str, known: Mapping[str, type[Any]]) -> str:
         options = ", ".join(
             f"`{field.name}: {_option_default(field.default)}`"
             for field in fields.values()
-            if not str(field.type).startswith("ClassVar")
+            if field.init and not str(field.type).startswith("ClassVar")
         )
         rows.append(f"| `{name}` | {options or '-'} | {_first_paragraph(strategy.__doc__)} |")
     return "\n".join([*rows, ""])

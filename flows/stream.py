@@ -114,8 +114,8 @@ def _learn(bench: Workbench, config: StreamConfig) -> int:
     try:
         bench.reserve()
         evaluate("nothing")
-        for position, spec in enumerate(config.tasks):
-            learn_task(position, spec.name)
+        for position, lesson in enumerate(bench.lessons):
+            learn_task(position, lesson.name)
         bench.finish()
     except BaseException as error:
         bench.fail(error)

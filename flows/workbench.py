@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.config import StreamConfig
+from flows.courses import COURSES, Sequential
 from flows.figures import heatmap
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
-from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
+from neft.audit import Audit, AuditResult, WeightAudit, base_fingerprint, state_digest, trained_weights
 from neft.baselines import BASELINES, Baseline
 from neft.encoding import batches, tokenizer_fingerprint
 from neft.errors import FailedError
@@ -76,6 +77,8 @@ class Workbench:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
         self.tasks: tuple[Task, ...] = ()
+        self.lessons: tuple[Task, ...] = ()
+        self.course: Sequential
         self.probes: tuple[Probe, ...] = ()
         self.space: NeuronSpace
         self.scorer: Scorer
@@ -102,12 +105,15 @@ class Workbench:
         self.policy = build("protection policy", POLICIES, self.config.method.protection)
         chosen = self.config.method.baseline
         self.baseline = build("baseline", BASELINES, chosen) if chosen is not None else None
+        self.course = COURSES[self.baseline.course if self.baseline is not None else "sequential"]()
+        self.lessons = self.course.lessons(self.tasks)
         self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
         self.config.check_lengths(getattr(self.model.config, "max_position_embeddings", None))
         nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
         self.base = base_fingerprint(self.model)
         self.state = state_digest(self.model)
+        self.course.open(self.model)
         self.matrix = AccuracyMatrix(
             tuple(task.name for task in self.tasks), (), tuple(len(task.eval) for task in self.tasks)
         )
@@ -234,7 +240,8 @@ class Workbench:
 
     def begin(self, position: int) -> None:
         """Put a task on the bench, in place of the one before."""
-        task = self.tasks[position]
+        task = self.lessons[position]
+        self.course.begin(self.model)
         inputs = {
             "base": self.base,
             "space": self.space.fingerprint,
@@ -276,7 +283,7 @@ class Workbench:
 
     def _head(self) -> str:
         work = self.work
-        return f"[{work.position + 1}/{len(self.tasks)}] {work.task.name}:"
+        return f"[{work.position + 1}/{len(self.lessons)}] {work.task.name}:"
 
     def open_task(self) -> None:
         """Begin the task's MLflow run."""
@@ -356,11 +363,7 @@ class Workbench:
         work.audit = audit.compare(self.model)
         if not work.audit.identical:
             before.lay_on(self.model)
-            changed = ", ".join(work.audit.changed[:5])
-            raise FailedError(
-                f"task {work.task.name!r} failed its audit: weights outside its neuron set changed ({changed}); "
-                "nothing is recorded, report this as a bug"
-            )
+            raise self._failed_audit(work.audit, "outside its neuron set")
         length = self.config.training.max_length
         work.memory = self.policy.remember(
             self.model, self.tokenizer, neurons, work.task, length, self._task_seed(work.task)
@@ -371,12 +374,23 @@ class Workbench:
         """Learn the task by the configured baseline."""
         work = self.work
         assert self.baseline is not None
-        prepared = self.baseline.prepare(self.model, self.config.seed)
+        audit, seed = WeightAudit(self.model), self._task_seed(work.task)
+        prepared = self.baseline.prepare(self.model, seed)
+        trained = trained_weights(prepared)
         work.result = self._fit(prepared, self.baseline.guard(prepared))
         self.model = cast(PreTrainedModel, self.baseline.finish(prepared))
-        length = self.config.training.max_length
-        self.baseline.remember(self.model, self.tokenizer, work.task, length, self._task_seed(work.task))
+        work.audit = audit.compare(self.model, trained)
+        if not work.audit.identical:
+            raise self._failed_audit(work.audit, "that its baseline does not train")
+        self.baseline.remember(self.model, self.tokenizer, work.task, self.config.training.max_length, seed)
         self._trained()
+
+    def _failed_audit(self, audit: AuditResult, outside: str) -> FailedError:
+        changed = ", ".join(audit.changed[:5])
+        return FailedError(
+            f"task {self.work.task.name!r} failed its audit: weights {outside} changed ({changed}); "
+            "nothing is recorded, report this as a bug"
+        )
 
     def _fit(self, model: nn.Module, guard: Guard | None = None) -> TrainingResult:
         work = self.work
@@ -384,13 +398,15 @@ class Workbench:
         def show(step: int, values: Mapping[str, float]) -> None:
             self.tracker.log(work.run_id, {f"train/{name}": value for name, value in values.items()}, step)
 
-        return train(model, self.tokenizer, work.task, self.config.training, self.config.seed, show, guard)
+        spec = self.course.training(self.config.training, self.tasks)
+        return train(model, self.tokenizer, work.task, spec, self.config.seed, show, guard)
 
     def _trained(self) -> None:
         work = self.work
         assert work.result is not None
         self.state = work.state = state_digest(self.model)
-        audited = "" if work.audit is None else f", {work.audit.parameters_outside:,} other parameters bit-identical"
+        outside = work.audit.parameters_outside if work.audit is not None else 0
+        audited = f", {outside:,} other parameters bit-identical" if outside else ""
         say(
             f"{self._head()} trained {work.result.steps} steps in {work.result.seconds:.1f} s, "
             f"mean loss {work.result.loss:.3f}{audited}"
@@ -399,22 +415,27 @@ class Workbench:
     # Every state
 
     def evaluate(self) -> None:
-        """Measure the model as it stands on every task and probe: the next row of the R matrix."""
-        learnt = len(self.matrix.rows)
-        row = [self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task)) for task in self.tasks]
+        """Measure the model as it stands on tasks, as the course has it, and on every probe: the R matrix grows."""
+        self.matrix = self.course.measured(self.matrix, self._measure_task)
+        learnt = self.matrix.learnt
         probes = {
             probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe))
             for probe in self.probes
         }
-        self.matrix = self.matrix.with_row(row)
         self.general.append(probes)
-        shown = {f"{task.metric}/{task.name}": score for task, score in zip(self.tasks, row, strict=True)}
+        row = zip(self.tasks, self.matrix.rows[-1], strict=True)
+        scored = [(task, score) for task, score in row if score is not None]
+        shown = {f"{task.metric}/{task.name}": score for task, score in scored}
         shown |= {f"continual/{name}": value for name, value in self.metrics().items()}
         shown |= {f"perplexity/{name}": value for name, value in probes.items()}
         self.tracker.log_row(shown, learnt)
         self.run = self.registry.update_run(self.run.id, matrix=self.matrix.to_dict(), metrics=self.metrics())
-        scores = ", ".join(f"{task.name} {score:.3f}" for task, score in zip(self.tasks, row, strict=True))
+        scores = ", ".join(f"{task.name} {score:.3f}" for task, score in scored)
         say(f"{'untouched model' if learnt == 0 else f'after {learnt} of {len(self.tasks)}'}: {scores}")
+
+    def _measure_task(self, place: int) -> float:
+        task = self.tasks[place]
+        return self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task))
 
     def _score(self, task: Task) -> Callable[[], tuple[float, int]]:
         def measure() -> tuple[float, int]:
@@ -448,7 +469,7 @@ class Workbench:
     def metrics(self) -> dict[str, float]:
         """The continual-learning metrics so far, by the names in `neft.forgetting.FORMULAS`."""
         found = self.matrix.metrics()
-        if self.probes and len(self.general) > 1:
+        if self.probes and len(self.general) > 1 and self.course.accumulates:
             found["general_delta"] = general_delta(self.general[0], self.general[-1])
         return found
 
@@ -457,9 +478,9 @@ class Workbench:
     def record(self) -> None:
         """Record the entry; a baseline has none. The task's MLflow run ends."""
         work = self.work
-        assert work.result is not None
+        assert work.result is not None and work.audit is not None
         row = dict(zip(self.matrix.tasks, self.matrix.rows[-1], strict=True))
-        if work.overlay is not None and work.selection is not None and work.audit is not None:
+        if work.overlay is not None and work.selection is not None:
             entry = self.registry.record(
                 NewEntry(
                     task=work.task.name,
@@ -495,9 +516,11 @@ class Workbench:
                 )
             )
             self.chain.append(entry)
-            self.tracker.tag(work.run_id, {"neft.entry": entry.reference, "neft.audit.identical": "true"})
+            self.tracker.tag(work.run_id, {"neft.entry": entry.reference})
             say(f"{self._head()} recorded as {entry.reference}")
-        self.tracker.log(work.run_id, {f"eval/{work.task.metric}": row[work.task.name] or 0.0}, work.result.steps)
+        self.tracker.tag(work.run_id, {"neft.audit.identical": str(work.audit.identical).lower()})
+        if (score := row.get(work.task.name)) is not None:
+            self.tracker.log(work.run_id, {f"eval/{work.task.metric}": score}, work.result.steps)
         self.tracker.finish(work.run_id)
         self._work = None
 

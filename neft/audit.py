@@ -1,10 +1,10 @@
-"""The audit: digests of a model's weights, their identity, and the proof that only a task's set has changed."""
+"""The audit: digests of a model's weights, their identity, and the proof that only what a task trained has changed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """Whether every weight outside a neuron set is bit-identical to what it was, and where it is not."""
+    """Whether every weight outside what was trained is bit-identical to what it was, and where it is not."""
 
     identical: bool
     tensors: int
@@ -93,6 +93,39 @@ class Audit:
                 kept = tensor
             digests[name] = hashlib.sha256(tensor_bytes(kept)).hexdigest()
         return digests, outside
+
+
+class WeightAudit:
+    """Remembers a digest of each weight tensor, and compares those that were not trained after the task."""
+
+    def __init__(self, model: nn.Module):
+        self._before = _digests(model)
+
+    def compare(self, model: nn.Module, trained: Collection[str]) -> AuditResult:
+        """Compare the plain `model` as it is now with what it was, the weights named in `trained` aside."""
+        after = _digests(model)
+        outside = sorted((self._before.keys() | after.keys()) - set(trained))
+        changed = tuple(name for name in outside if self._before.get(name) != after.get(name))
+        sizes = {name: tensor.numel() for name, tensor in _weights(model)}
+        return AuditResult(not changed, len(outside), sum(sizes.get(name, 0) for name in outside), changed)
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in _weights(model)}
+
+
+def trained_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the plain model's weights that training `model` may change: itself, or what its adapter is merged into.
+
+    Args:
+        model: a plain model, or a PEFT model around one, ready to be trained.
+    """
+    unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    base = unwrap() if unwrap else model
+    # A tied weight goes by each of its names.
+    trained = {name for name, weight in base.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    adapted = {f"{name}.weight" for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    return frozenset(trained | adapted)
 
 
 def _row_dims(model: nn.Module, rows: Mapping[str, ModuleRows]) -> dict[str, tuple[int, torch.Tensor]]:

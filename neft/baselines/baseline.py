@@ -29,7 +29,10 @@ class Baseline(Protocol):
         return "sequential"
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
-        """What masked SFT's trainer is to train, made of a plain model, in place."""
+        """What masked SFT's trainer is to train, made of a plain model, in place.
+
+        What is to stay as it is does not require a gradient: the audit goes by that. `seed` is another for each task.
+        """
         ...
 
     def guard(self, model: nn.Module) -> Guard | None:

@@ -62,6 +62,15 @@ def test_the_choice_itself_is_not_changed() -> None:
         ("baseline", "lara", "unknown baseline 'lara'; did you mean 'lora'?"),
         ("baseline", {"name": "lora", "r": 8.5}, "'r' of 'lora' is 8.5; it must be a whole number above 0"),
         ("baseline", {"name": "lora", "alpha": -1}, "'alpha' of 'lora' is -1"),
+        ("baseline", {"name": "lora", "replay": -1}, "'replay' of 'lora' is -1"),
+        ("baseline", {"name": "olora", "weight": 0}, "'weight' of 'olora' is 0"),
+        ("baseline", {"name": "ewc", "weight": -2}, "'weight' of 'ewc' is -2"),
+        ("baseline", {"name": "ewc", "examples": 0.5}, "'examples' of 'ewc' is 0.5"),
+        ("baseline", {"name": "replay", "share": 1}, "'share' of 'replay' is 1; it must be a number between 0 and 1"),
+        ("baseline", {"name": "replay", "kept": []}, "'replay' has no option 'kept'; known: examples, share"),
+        ("baseline", {"name": "osf", "effective_rank": 0}, "'effective_rank' of 'osf' is 0; it must be a whole number"),
+        ("baseline", {"name": "osf", "effective_rank": 1.5}, "'effective_rank' of 'osf' is 1.5; it must be a number"),
+        ("baseline", {"name": "joint", "by": "lara"}, "to learn by 'lara'; did you mean 'lora'?"),
     ],
 )
 def test_a_wrong_word_is_refused_with_a_hint(role: str, choice: Any, words: str) -> None:
