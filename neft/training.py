@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -85,8 +84,8 @@ def train(
         callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
-        if guard is not None and (limits := guard.limits()):
-            callbacks.append(_Limited(learner, limits))
+        limited = _Limited(learner, guard.limits() if guard is not None else {})
+        callbacks.append(limited)
         try:
             trainer = _CompletionTrainer(
                 model=learner,
@@ -105,7 +104,8 @@ def train(
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        outcome = trainer.train()
+        with limited.gradients():
+            outcome = trainer.train()
         seconds = time.perf_counter() - start
     _check_finite(model, task, outcome.training_loss)
     cached = frozen.bytes if frozen is not None else 0
@@ -179,19 +179,23 @@ class _Limited(TrainerCallback):
     """Keeps the changes of trained rows within a guard's limits: their gradients, and what every step makes of them."""
 
     def __init__(self, model: nn.Module, limits: Mapping[str, Limit]):
-        trained = trained_rows(model)
+        trained = trained_rows(model) if limits else {}
         unknown = sorted(limits.keys() - trained.keys())
         if unknown:
             raise InputError(f"a guard limits module {unknown[0]!r}, of which no rows are trained")
         self._limited = [(trained[name], limit) for name, limit in limits.items()]
         self._before: list[torch.Tensor] = []
-        self._handles: list[RemovableHandle] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside, what backward gives the rows is limited; outside no longer, however training ended."""
         # A hook on the tensor sees each batch's gradient before it is added up, so that a limit is applied once.
-        self._handles = [rows.register_hook(limit) for rows, limit in self._limited]
+        handles = [rows.register_hook(limit) for rows, limit in self._limited]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,12 +209,6 @@ class _Limited(TrainerCallback):
         for (rows, limit), before in zip(self._limited, self._before, strict=True):
             rows.copy_(before + limit(rows - before))
         self._before = []
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 class _Progress(TrainerCallback):
