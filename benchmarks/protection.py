@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import interleaved, machine, ratios, summary, write
+from benchmarks.optimiser import AdamW
 from benchmarks.peers import METHODS, SHAPES, Learner, chosen, twin
 from benchmarks.training import BATCHES, Training, set_up
 from neft.guard import Limit, Limiter
@@ -29,16 +30,15 @@ class Guarded(Training):
     def __init__(self, learner: Learner, data: torch.Tensor, autocast: bool, limits: dict[str, Limit]):
         super().__init__(learner, data, autocast)
         self.limiter = Limiter(trained_rows(learner.model), limits)
-        self.limiter.begin()
-        assert self.optimiser is not None
-        unlimited = self.optimiser.step
 
-        def step() -> None:
-            self.limiter.before_step()
-            unlimited()
-            self.limiter.after_step()
+    def step(self, number: int) -> None:
+        with self.limiter.gradients():
+            super().step(number)
 
-        self.optimiser.step = step
+    def _update(self, optimiser: AdamW) -> None:
+        self.limiter.before_step()
+        super()._update(optimiser)
+        self.limiter.after_step()
 
 
 def limits_of(learner: Learner, most: float) -> dict[str, Limit]:

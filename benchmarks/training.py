@@ -53,9 +53,12 @@ class Training:
         for parameter, mask in zip(self.learner.trained, self.learner.masks, strict=False):
             parameter.grad.mul_(mask)
         if self.optimiser is not None:
-            torch.nn.utils.clip_grad_norm_(self.learner.trained, 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            self._update(self.optimiser)
+
+    def _update(self, optimiser: AdamW) -> None:
+        torch.nn.utils.clip_grad_norm_(self.learner.trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
 
     @contextmanager
     def _context(self, batch: int) -> Iterator[None]:

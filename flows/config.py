@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
@@ -98,6 +98,11 @@ class StreamConfig(Spec):
     evaluation: EvaluationSpec = Field(EvaluationSpec(), description="how models are evaluated")
     tracking: TrackingSpec = Field(TrackingSpec(), description="where runs are shown")
     registry: RegistrySpec = Field(RegistrySpec(), description="where entries are recorded")
+    on_failure: Literal["stop", "skip"] = Field(
+        "stop",
+        description="when a task cannot be learnt (training diverges, a site is full): `stop` the stream, or `skip` "
+        "the task and go on with the next; either way the model is as it was before the task",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of sampling, scoring and training")
 
     @field_validator("tasks")

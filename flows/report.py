@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flows.failures import skipped_in
 from neft.forgetting import FORMULAS, AccuracyMatrix
 from registry import Run
 
@@ -30,6 +31,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "method": run.config["method"],
         "seed": run.config["seed"],
         "tasks": list(run.tasks),
+        "skipped": {each.task: each.error for each in skipped_in(run)},
         "matrix": [list(row) for row in matrix_of(run).rows],
         "metrics": dict(run.metrics or {}),
         "formulas": {name: FORMULAS[name] for name in run.metrics or {}},
@@ -57,12 +59,14 @@ def _matrix_table(run: Run) -> Table:
     table.add_column("after")
     for name in matrix.tasks:
         table.add_column(name, justify="right")
+    skipped = {each.task for each in skipped_in(run)}
+    names = [f"{name} (skipped)" if name in skipped else name for name in matrix.tasks]
     for learnt, row in enumerate(matrix.rows):
         cells = [
             Text("-" if score is None else f"{score:.3f}", style="bold" if learnt == place + 1 else "")
             for place, score in enumerate(row)
         ]
-        table.add_row("(untouched)" if learnt == 0 else matrix.tasks[learnt - 1], *cells)
+        table.add_row("(untouched)" if learnt == 0 else names[learnt - 1], *cells)
     return table
 
 

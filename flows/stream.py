@@ -14,6 +14,7 @@ from flows.home import Home
 from flows.progress import say
 from flows.tracking import Tracker
 from flows.workbench import Workbench, current, on
+from neft.errors import NeftError
 from registry import Registry
 
 _P = ParamSpec("_P")
@@ -69,17 +70,25 @@ def record(name: str) -> None:
 
 @flow(name="neft-task", flow_run_name="{name}", persist_result=False)
 def learn_task(position: int, name: str) -> None:
-    """Learn one task of the stream, unless this very work is recorded."""
+    """Learn one task of the stream, unless this very work is recorded; one that fails leaves the model as it was."""
     bench = current()
     bench.begin(position)
-    if bench.recall():
+    if bench.recall() or bench.recall_skipped():
         evaluate(name)
         return
     bench.open_task()
-    if bench.config.method.baseline is None:
-        score(name)
-        select(name)
-    train(name)
+    try:
+        if bench.config.method.baseline is None:
+            score(name)
+            select(name)
+        train(name)
+    except NeftError as error:
+        bench.roll_back()
+        if not bench.may_skip(error):
+            raise
+        bench.skip(error)
+        evaluate(name)
+        return
     evaluate(name)
     record(name)
 
@@ -109,7 +118,8 @@ def learn_stream(stream: str, config: dict[str, Any]) -> int:
 def _learn(bench: Workbench, config: StreamConfig) -> int:
     load()
     if not bench.open_run():
-        say(f"stream {config.stream!r} is learnt already (run {bench.run.id}): nothing to do")
+        left_out = f", but for {', '.join(each.task for each in bench.skipped)}, skipped" if bench.skipped else ""
+        say(f"stream {config.stream!r} is learnt already (run {bench.run.id}{left_out}): nothing to do")
         return bench.run.id
     try:
         bench.reserve()

@@ -20,7 +20,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from sqlalchemy.exc import SQLAlchemyError
 
-from neft.errors import FailedError
+from neft.errors import RecordError
 from neft.neurons import NeuronSet
 from neft.tasks import Task
 
@@ -38,7 +38,7 @@ def library_versions() -> dict[str, str]:
 class Tracker:
     """One stream run in MLflow: a parent run, and a child run for each task.
 
-    Every method raises FailedError, which names the store, when MLflow fails.
+    Every method raises RecordError, which names the store, when MLflow fails.
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None):
@@ -63,7 +63,7 @@ class Tracker:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise FailedError(
+            raise RecordError(
                 f"MLflow at {self.uri} failed: {reason}; mend it and run again, what is recorded is not learnt again"
             ) from error
 

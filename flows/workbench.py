@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.config import StreamConfig
 from flows.courses import COURSES, Sequential
+from flows.failures import Skipped, skipped_in, with_skipped
 from flows.figures import heatmap
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
 from neft.audit import Audit, AuditResult, WeightAudit, base_fingerprint, state_digest, trained_weights
 from neft.baselines import BASELINES, Baseline
 from neft.encoding import batches, tokenizer_fingerprint
-from neft.errors import FailedError
+from neft.errors import FailedError, NeftError, RecordError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
 from neft.guard import Guard
@@ -63,6 +64,8 @@ class Work:
     memory: Memory | None = None
     result: TrainingResult | None = None
     state: str = ""
+    #: The weights before the task, where no entries can give them back.
+    before: dict[str, torch.Tensor] | None = None
 
 
 class Workbench:
@@ -92,6 +95,7 @@ class Workbench:
         self.matrix: AccuracyMatrix
         self.general: list[dict[str, float]] = []
         self.chain: list[Entry] = []
+        self.skipped: list[Skipped] = []
         self._work: Work | None = None
 
     # Before the first task
@@ -107,9 +111,8 @@ class Workbench:
         self.baseline = build("baseline", BASELINES, chosen) if chosen is not None else None
         self.course = COURSES[self.baseline.course if self.baseline is not None else "sequential"]()
         self.lessons = self.course.lessons(self.tasks)
-        self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
+        self._load_base()
         self.config.check_lengths(getattr(self.model.config, "max_position_embeddings", None))
-        nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
         self.base = base_fingerprint(self.model)
         self.state = state_digest(self.model)
@@ -124,6 +127,10 @@ class Workbench:
         majorities = [f"{task.name} {task.majority:.3f}" for task in self.tasks if task.majority is not None]
         if majorities:
             say(f"always answering the commonest label scores: {', '.join(majorities)}")
+
+    def _load_base(self) -> None:
+        self.model, self.tokenizer = load_base(self.config.model.name, self.config.model.dtype)
+        nn.Module.to(self.model, torch.accelerator.current_accelerator() or torch.device("cpu"))
 
     def reserve(self) -> None:
         """Ask the protection policy for its neurons, once, while the model is still untouched."""
@@ -175,7 +182,7 @@ class Workbench:
         stream, identity = self.config.stream, self.config_digest
         finished = self.registry.finished_run(stream, identity)
         if finished is not None:
-            self.run = finished
+            self.run, self.skipped = finished, list(skipped_in(finished))
             return False
         self.registry.add_base_model(
             self.base,
@@ -195,6 +202,7 @@ class Workbench:
             tasks=[task.name for task in self.tasks],
         )
         recorded = {entry.mlflow_run_id for entry in self.registry.list(stream) if entry.mlflow_run_id}
+        recorded |= {each.mlflow_run_id for each in skipped_in(self.run) if each.mlflow_run_id}
         run_id = self.tracker.start(
             stream, self._params(), self._tags(), left.mlflow_run_id if left else None, recorded
         )
@@ -202,7 +210,11 @@ class Workbench:
             self.run.id,
             status="running",
             mlflow_run_id=run_id,
-            tracking={"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id},
+            tracking={
+                **(self.run.tracking or {}),
+                "uri": self.tracker.uri,
+                "experiment_id": self.tracker.experiment_id,
+            },
             prefect_flow_run_id=self.flow_run_id,
         )
         return True
@@ -254,6 +266,8 @@ class Workbench:
             "seed": self.config.seed,
         }
         self._work = Work(position, task, digest(inputs))
+        if self.config.method.baseline is not None and self.config.on_failure == "skip":
+            self._work.before = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     def recall(self) -> bool:
         """Lay a recorded overlay on, when this very work was done before; True if so."""
@@ -280,6 +294,54 @@ class Workbench:
         self.tracker.close_recorded(entry.mlflow_run_id)
         say(f"{self._head()} recorded as {entry.reference}, not learnt again")
         return True
+
+    def recall_skipped(self) -> bool:
+        """Leave the task out, when a run of this stream has tried this very work before and left it out; True if so."""
+        known = [each for run in self.registry.runs(self.config.stream) for each in skipped_in(run)]
+        found = [each for each in known if each.input_digest == self.work.input_digest]
+        if self.config.on_failure != "skip" or not found:
+            return False
+        self._leave_out(found[-1])
+        say(f"{self._head()} skipped before, and not tried again before its config changes: {found[-1].error}")
+        return True
+
+    def roll_back(self) -> None:
+        """Bring the model back, bit for bit, to what it was before the task.
+
+        Raises:
+            RecordError: the entries before it do not give that state back.
+        """
+        work, lost = self.work, self.config.method.baseline is not None and self.work.before is None
+        # Where training ended in the middle, its rows have been taken out already.
+        if lost or (work.before is None and state_digest(self.model) == self.state):
+            return
+        self._load_base()
+        if work.before is not None:
+            self.model.load_state_dict(work.before)
+        for entry in self.chain:
+            self.registry.overlay(entry).lay_on(self.model)
+        if state_digest(self.model) != self.state:
+            raise RecordError(
+                f"task {work.task.name!r} failed, and the model cannot be brought back to what it was before; "
+                "run the same command again to go on from what is recorded"
+            )
+
+    def may_skip(self, error: NeftError) -> bool:
+        """Whether the stream goes on after a task failed: if it is to, and the records are not what failed."""
+        return self.config.on_failure == "skip" and not isinstance(error, RecordError)
+
+    def skip(self, error: NeftError) -> None:
+        """Leave the task out, and say so in every record."""
+        work, reason = self.work, _reason(error)
+        self.tracker.tag(work.run_id, {"neft.error": reason})
+        self.tracker.finish(work.run_id, finished=False)
+        self._leave_out(Skipped(work.task.name, work.input_digest, reason, work.run_id))
+        say(f"{self._head()} skipped: {reason}")
+        self._work = None
+
+    def _leave_out(self, skipped: Skipped) -> None:
+        self.skipped.append(skipped)
+        self.run = self.registry.update_run(self.run.id, tracking=with_skipped(self.run.tracking, self.skipped))
 
     def _head(self) -> str:
         work = self.work
@@ -338,12 +400,19 @@ class Workbench:
         )
 
     def _earlier(self) -> list[Learnt]:
-        """What was learnt so far, as a protection policy sees it, the base model's own abilities first."""
-        first = [] if self.before is None else [self.before]
-        return first + [
-            Learnt(entry.task, self.registry.neurons(entry), self.registry.scores(entry), self.registry.memory(entry))
-            for entry in self.chain
-        ]
+        """What was learnt so far, as a protection policy sees it, the base model's own abilities first.
+
+        Raises:
+            RecordError: a file of an earlier task is missing or altered.
+        """
+        first, registry = [] if self.before is None else [self.before], self.registry
+        try:
+            return first + [
+                Learnt(entry.task, registry.neurons(entry), registry.scores(entry), registry.memory(entry))
+                for entry in self.chain
+            ]
+        except FailedError as error:
+            raise RecordError(str(error)) from error
 
     def train(self) -> None:
         """Masked SFT on the chosen neurons, then the audit that nothing else has changed."""
@@ -526,7 +595,8 @@ class Workbench:
 
     def finish(self) -> None:
         """End the run: the matrix as a table and as a picture."""
-        rows = ["untouched", *(f"after {name}" for name in self.matrix.tasks)]
+        skipped = {each.task for each in self.skipped}
+        rows = ["untouched", *(f"after {name}{' (skipped)' * (name in skipped)}" for name in self.matrix.tasks)]
         table: dict[str, list[Any]] = {"state": rows}
         for place, name in enumerate(self.matrix.tasks):
             table[name] = [row[place] for row in self.matrix.rows]
@@ -538,20 +608,27 @@ class Workbench:
         )
         # The registry comes last: a run that it calls finished is never opened again.
         self.tracker.finish(self.tracker.run_id)
-        tracking = {**(self.run.tracking or {}), "entries": [entry.reference for entry in self.chain]}
+        tracking = with_skipped(self.run.tracking, self.skipped)
+        tracking["entries"] = [entry.reference for entry in self.chain]
         self.run = self.registry.update_run(self.run.id, status="finished", tracking=tracking)
 
     def fail(self, error: BaseException) -> None:
         """Leave every record of the run in a truthful state; it goes on from there when it is started again."""
-        reason = str(error).strip() or type(error).__name__
+        reason = _reason(error)
         open_runs = [self.tracker.run_id] if self._work is None else [self._work.run_id, self.tracker.run_id]
         try:
-            self.registry.update_run(self.run.id, status="failed", error=reason[:2000])
+            self.registry.update_run(self.run.id, status="failed", error=reason)
             for run_id in filter(None, open_runs):
+                self.tracker.tag(run_id, {"neft.error": reason})
                 self.tracker.finish(run_id, finished=False)
         except FailedError as second:
             # The first failure is the one to report; this one only leaves a record open.
             say(str(second))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, as records keep it."""
+    return (str(error).strip() or type(error).__name__)[:2000]
 
 
 _BENCH: ContextVar[Workbench] = ContextVar("neft_workbench")

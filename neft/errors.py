@@ -1,4 +1,4 @@
-"""The two ways neft refuses: the input is wrong, or the work failed."""
+"""The ways neft refuses: the input is wrong, or the work failed, or its records."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class FailedError(NeftError):
     """The input was accepted, but the work could not be done: a corrupt artefact, a failed audit, a server gone."""
 
     exit_code = 1
+
+
+class RecordError(FailedError):
+    """What is recorded or shown could not be read or written: no fault of a task, so that a stream cannot go on."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from neft.errors import InputError
 from neft.tasks import Example
@@ -37,10 +37,7 @@ class Guard(Protocol):
 
 
 class Limiter:
-    """Keeps trained rows within limits: their gradients, and what every optimiser step makes of them.
-
-    Use: `begin`, then around each step of the optimiser `before_step` and `after_step`, and `end`.
-    """
+    """Keeps trained rows within limits: their gradients, and what every step of an optimiser makes of them."""
 
     def __init__(self, rows: Mapping[str, nn.Parameter], limits: Mapping[str, Limit]):
         """
@@ -55,21 +52,25 @@ class Limiter:
             raise InputError(f"a guard limits module {unknown[0]!r}, of which no rows are trained")
         self._limited = [(rows[name], limit) for name, limit in limits.items()]
         self._before: list[torch.Tensor] = []
-        self._handles: list[RemovableHandle] = []
 
-    def begin(self) -> None:
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside, what backward gives the rows is limited; outside no longer, however training ended."""
         # A hook on the tensor sees each batch's gradient before it is added up, so that a limit is applied once.
-        self._handles = [rows.register_hook(limit) for rows, limit in self._limited]
+        handles = [rows.register_hook(limit) for rows, limit in self._limited]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def before_step(self) -> None:
+        """Note the rows as they are; to be called right before a step of the optimiser."""
         self._before = [rows.detach().clone() for rows, _ in self._limited]
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """Limit what the step has made of the rows."""
         for (rows, limit), before in zip(self._limited, self._before, strict=True):
             rows.copy_(before + limit(rows - before))
         self._before = []
-
-    def end(self) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -310,6 +310,21 @@ class NeuronSet:
             for module, positions in found.items()
         }
 
+    def per_row(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What each row inherits from its neuron: module name -> (rows,), in the order of `rows()`.
+
+        Args:
+            values: site name -> a value for each of the site's neurons (site size,).
+        """
+        found: dict[str, list[torch.Tensor]] = {}
+        places: dict[str, list[torch.Tensor]] = {}
+        for name, indices in self._indices.items():
+            chosen = values[name][torch.from_numpy(indices.copy())]
+            for part in self.space.site(name).parts:
+                found.setdefault(part.module, []).append(chosen.repeat_interleave(part.repeats))
+                places.setdefault(part.module, []).append(torch.from_numpy(part.positions(indices).ravel()))
+        return {module: torch.cat(found[module])[torch.cat(places[module]).argsort()] for module in found}
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """Site name -> indices in the smallest unsigned type that holds the site (2 bytes a neuron up to 65,536)."""
         return {

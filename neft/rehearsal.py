@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice, zip_longest
+from typing import Any
 
 from neft.guard import Guard
 from neft.tasks import Example, Task
@@ -41,3 +42,16 @@ class Rehearsal(Guard):
         wanted = round(count * self.share / (1 - self.share))
         turns = zip(*(cycle(examples) for examples in self.kept), strict=True)
         return tuple(islice(chain.from_iterable(turns), wanted))
+
+
+def described(examples: Sequence[Example]) -> dict[str, Any]:
+    """Examples as JSON."""
+    return {"examples": [[example.prompt, example.completion] for example in examples]}
+
+
+def read(description: Mapping[str, Any]) -> tuple[Example, ...]:
+    """The examples that `described` has written."""
+    return tuple(
+        Example(prompt if isinstance(prompt, str) else tuple(prompt), completion)
+        for prompt, completion in description["examples"]
+    )

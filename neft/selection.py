@@ -254,12 +254,14 @@ def _spilled(
 
 def _shares(sites: Sequence[Site], total: int, budget: Budget) -> list[tuple[Site, int]]:
     """Each site's share of the budget, in proportion to what its neurons cost, by largest remainder."""
-    weights = np.array([site.size * budget.cost(site) for site in sites], dtype=np.float64)
-    exact = total * weights / weights.sum()
-    shares = np.floor(exact).astype(np.int64)
-    for place in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
+    weights = [site.size * budget.cost(site) for site in sites]
+    # Whole numbers: 9 x 1/15 and 9 x 6/15 leave the same remainder, but not as floats.
+    parts = [divmod(total * weight, sum(weights)) for weight in weights]
+    shares = [share for share, _ in parts]
+    by_remainder = sorted(range(len(sites)), key=lambda place: -parts[place][1])
+    for place in by_remainder[: total - sum(shares)]:
         shares[place] += 1
-    return [(site, int(share)) for site, share in zip(sites, shares, strict=True)]
+    return list(zip(sites, shares, strict=True))
 
 
 def _best(

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,8 +84,9 @@ def train(
         callbacks: list[TrainerCallback] = [_Progress(task.name, on_log)]
         if spec.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(spec.early_stopping_patience))
-        if guard is not None and (limits := guard.limits()):
-            callbacks.append(_Limited(Limiter(trained_rows(learner), limits)))
+        limiter = Limiter(trained_rows(learner), guard.limits()) if guard is not None else None
+        if limiter is not None:
+            callbacks.append(_Limited(limiter))
         try:
             trainer = _CompletionTrainer(
                 model=learner,
@@ -104,7 +105,8 @@ def train(
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        outcome = trainer.train()
+        with limiter.gradients() if limiter is not None else nullcontext():
+            outcome = trainer.train()
         seconds = time.perf_counter() - start
     _check_finite(model, task, outcome.training_loss)
     cached = frozen.bytes if frozen is not None else 0
@@ -180,11 +182,6 @@ class _Limited(TrainerCallback):
     def __init__(self, limiter: Limiter):
         self.limiter = limiter
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.limiter.begin()
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -194,11 +191,6 @@ class _Limited(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.limiter.after_step()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.limiter.end()
 
 
 class _Progress(TrainerCallback):

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from neft.errors import FailedError, InputError, nearest
 from registry.database import Database
-from registry.queries import evaluation_row, newest_run_row, stream_names
+from registry.queries import evaluation_row, newest_run_row, run_rows, stream_names
 from registry.records import Evaluation, Run, Status, plain
 from registry.schema import EvaluationRow, RunRow, now
 
@@ -191,6 +191,11 @@ class Ledger:
             hint = nearest(stream, streams) if streams else "nothing has been run yet"
             raise InputError(f"no run of stream {stream!r} in the registry; {hint}")
         return run
+
+    def runs(self, stream: str) -> Sequence[Run]:
+        """Every run of a stream, in the order they were started."""
+        with self._database.reading() as session:
+            return [Run.from_row(row) for row in run_rows(session, stream)]
 
     def streams(self) -> Sequence[str]:
         """Every stream that has been run, sorted."""

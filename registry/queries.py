@@ -135,6 +135,11 @@ def newest_run_row(
     return session.scalars(query).one_or_none()
 
 
+def run_rows(session: Session, stream: str) -> Sequence[RunRow]:
+    """Every run of a stream, in the order they were started."""
+    return session.scalars(select(RunRow).where(RunRow.stream == stream).order_by(RunRow.id)).all()
+
+
 def stream_names(session: Session) -> Sequence[str]:
     """Every stream that has been run, sorted."""
     return session.scalars(select(RunRow.stream).distinct().order_by(RunRow.stream)).all()

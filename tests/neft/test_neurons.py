@@ -190,6 +190,26 @@ def test_a_set_comes_back_from_its_file(tmp_path: Path, neurons: Neurons) -> Non
     assert NeuronSet.load(path).space == SPACE
 
 
+@pytest.mark.parametrize("kinds", [("ffn", "attention"), ("ffn_in", "ffn_out", "qk"), ("attention", "qk")], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_inherits_its_own_neurons_value(family: str, kinds: tuple[Kind, ...]) -> None:
+    """Each neuron by itself says which rows are its own; together they must all be given that neuron's value."""
+    space = NeuronSpace.from_model(tiny_model(family), kinds)
+    neurons = draw(space, each=7)
+    values = {
+        site.name: 1000.0 * place + torch.arange(site.size, dtype=torch.float32)
+        for place, site in enumerate(space.sites)
+    }
+    given_, rows = neurons.per_row(values), neurons.rows()
+    assert list(given_) == list(rows)
+    for module, inherited in given_.items():
+        assert inherited.shape == rows[module].positions.shape
+    for name, index in neurons:
+        for module, own in NeuronSet(space, {name: [index]}).rows().items():
+            places = np.searchsorted(rows[module].positions, own.positions)
+            assert (given_[module][torch.from_numpy(places)] == values[name][index]).all()
+
+
 def test_all_and_none() -> None:
     assert len(SPACE.all()) == len(SPACE) == 307
     assert len(SPACE.none()) == 0

@@ -39,6 +39,13 @@ MATRIX: list[tuple[str, dict[str, Any], tuple[range, ...], range | tuple[()]]] =
     ("none", {}, (), range(64)),
     ("none", {}, (range(10),), range(64)),
     ("none", {}, (range(64), range(64)), range(64)),
+    ("soft", {}, (), range(64)),
+    ("soft", {}, (range(10), range(64)), range(64)),
+    ("replay", {}, (), range(64)),
+    ("replay", {}, (range(10),), range(64)),
+    ("replay", {"exclude": True}, (range(10),), range(10, 64)),
+    ("distill", {}, (), range(64)),
+    ("distill", {}, (range(10), range(64)), range(64)),
     ("keystone", {}, (), range(8, 64)),
     ("keystone", {}, (range(10), range(20)), range(20, 64)),
     ("keystone", {"earlier": "exclude"}, (range(10),), range(10, 64)),
@@ -76,7 +83,7 @@ def test_neurons_of_another_space_are_refused(space: NeuronSpace, policy: str) -
         POLICIES[policy]().candidates(scores, owned(other, range(3)), space.none())
 
 
-@pytest.mark.parametrize("policy", ["exclude", "none"])
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"keystone"}))
 def test_most_policies_reserve_nothing(space: NeuronSpace, policy: str) -> None:
     reserved = POLICIES[policy]().reserve(tiny_model(), tiny_tokenizer(), space)
     assert len(reserved) == 0
@@ -108,14 +115,24 @@ def test_training_keystones_only_needs_some(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("policy", "options", "words"),
     [
-        ({"only": "yes"}, "option 'only' of 'keystone' is 'yes'; it must be true or false"),
-        ({"only": 1}, "it must be true or false"),
-        ({"earlier": "share"}, "option 'earlier' of 'keystone' is 'share'; it must be exclude or none"),
-        ({"rho": 2}, "option 'rho' of 'keystone' is 2"),
+        ("keystone", {"only": "yes"}, "option 'only' of 'keystone' is 'yes'; it must be true or false"),
+        ("keystone", {"only": 1}, "it must be true or false"),
+        ("keystone", {"earlier": "share"}, "option 'earlier' of 'keystone' is 'share'; it must be exclude or none"),
+        ("keystone", {"rho": 2}, "option 'rho' of 'keystone' is 2"),
+        ("exclude", {"top": 1}, "option 'top' of 'exclude' is 1; it must be a number from 0 to below 1"),
+        ("exclude", {"relative": 1}, "option 'relative' of 'exclude' is 1; it must be true or false"),
+        ("exclude", {"smoothing": 0}, "option 'smoothing' of 'exclude' is 0; it must be a number above 0"),
+        ("exclude", {"when_full": "wait"}, "is 'wait'; it must be error, share or spill"),
+        ("replay", {"examples": 0}, "option 'examples' of 'replay' is 0; it must be a whole number above 0"),
+        ("replay", {"share": 1}, "option 'share' of 'replay' is 1; it must be a number between 0 and 1"),
+        ("replay", {"exclude": "no"}, "option 'exclude' of 'replay' is 'no'; it must be true or false"),
+        ("distill", {"weight": 0}, "option 'weight' of 'distill' is 0; it must be a number above 0"),
+        ("distill", {"temperature": -1}, "option 'temperature' of 'distill' is -1; it must be a number above 0"),
+        ("distill", {"positions": 1.5}, "option 'positions' of 'distill' is 1.5; it must be a whole number above 0"),
     ],
 )
-def test_a_wrong_option_is_refused(options: dict[str, Any], words: str) -> None:
+def test_a_wrong_option_is_refused(policy: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        POLICIES["keystone"](**options)
+        POLICIES[policy](**options)

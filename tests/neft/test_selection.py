@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from neft.errors import FailedError, InputError
 from neft.neurons import NeuronSet, NeuronSpace, Part, Site
 from neft.scoring import Scores
-from neft.selection import Budget, Selection, SelectionSpec, select
+from neft.selection import Budget, Lent, Selection, SelectionSpec, WhenFull, select
 
 GLOBAL, PER_SITE = SelectionSpec(scope="global"), SelectionSpec(scope="per_site")
 
@@ -226,6 +226,114 @@ def test_only_free_neurons_are_chosen() -> None:
     scores = scored(space_of((4, 1)), [4.0, 3, 2, 1])
     free = scores.space.all() - NeuronSet(scores.space, {"layers.0.ffn": [0, 2]})
     assert chosen(select(scores, Budget(neurons=2), free=free)) == [[1, 3]]
+
+
+# When a site is full
+
+
+def lent_of(free: NeuronSet, *importance: Sequence[float]) -> Lent:
+    """All neurons that are not free, with their importance to earlier tasks."""
+    space = free.space
+    values = {site.name: torch.tensor(each) for site, each in zip(space.sites, importance, strict=True)}
+    return Lent(space.all() - free, values)
+
+
+def test_what_is_missing_is_shared_the_least_important_first() -> None:
+    scores = scored(space_of((6, 1), (4, 1)), [1.0, 2, 3, 4, 5, 6], [1.0, 2, 3, 4])
+    free = NeuronSet(scores.space, {"layers.0.ffn": [5], "layers.1.ffn": [0, 1, 2, 3]})
+    lent = lent_of(free, [0.5, 0.1, 0.9, 0.2, 0.7, 0.0], [0.0] * 4)
+    selection = select(scores, Budget(neurons=5), PER_SITE, free, "share", lent)
+    assert chosen(selection) == [[1, 3, 5], [2, 3]]
+    assert selection.notes == ("layers.0.ffn is full: 2 neurons that matter least to earlier tasks are shared",)
+    assert selection.free == 5
+    assert selection.capacity == {"layers.0.ffn": (1, 0), "layers.1.ffn": (4, 2)}
+
+
+def test_a_full_site_spills_to_the_highest_scored_free_neurons_of_others() -> None:
+    scores = scored(space_of((4, 1), (4, 1), (4, 1)), [9.0] * 4, [1.0, 2, 3, 8], [4.0, 5, 6, 7])
+    free = scores.space.all() - NeuronSet(scores.space, {"layers.0.ffn": [1, 2, 3]})
+    selection = select(scores, Budget(neurons=6), PER_SITE, free, "spill")
+    assert chosen(selection) == [[0], [2, 3], [1, 2, 3]]  # the next best after two each are 3 and 5: 5 it is
+    assert "1 full sites spill 1 neurons of their share to others" in selection.notes
+    assert selection.capacity == {"layers.0.ffn": (1, 0), "layers.1.ffn": (4, 2), "layers.2.ffn": (4, 1)}
+
+
+@pytest.mark.parametrize("when_full", ["error", "spill", "share"])
+def test_a_full_model_is_an_error_unless_neurons_are_lent(when_full: WhenFull) -> None:
+    scores = scored(space_of((4, 1), (4, 1)), [4.0, 3, 2, 1], [4.0, 3, 2, 1])
+    free = NeuronSet(scores.space, {"layers.0.ffn": [0, 1], "layers.1.ffn": [0]})
+    with pytest.raises(FailedError, match="are free"):
+        select(scores, Budget(neurons=4), PER_SITE, free, when_full)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), amount=st.integers(1, 20), spread=st.booleans(), data=st.data())
+def test_sharing_lends_what_is_missing_and_no_more(
+    problem: tuple[Scores, NeuronSet], amount: int, spread: bool, data: st.DataObject
+) -> None:
+    scores, free = problem
+    space = scores.space
+    amount = min(amount, len(space))
+    importance = [
+        data.draw(st.lists(st.integers(0, 3).map(float), min_size=site.size, max_size=site.size))
+        for site in space.sites
+    ]
+    lent = lent_of(free, *importance)
+    selection = select(scores, Budget(neurons=amount), PER_SITE if spread else GLOBAL, free, "share", lent)
+    shared = selection.neurons - free
+    assert len(selection.neurons) == amount
+    groups = [[site] for site in space.sites] if spread else [list(space.sites)]
+    for group in groups:
+        names = {site.name for site in group}
+        taken = sorted(lent.importance[name][index] for name, index in shared if name in names)
+        offered = sorted(lent.importance[name][index] for name, index in lent.neurons if name in names)
+        assert taken == offered[: len(taken)]
+        if taken:
+            assert all(len((free - selection.neurons)[site.name]) == 0 for site in group)
+    assert bool(shared) == any("is full" in note for note in selection.notes)
+    check_ledger(selection, free)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), amount=st.integers(1, 20), unit=st.sampled_from(["neurons", "parameters"]))
+def test_spilling_keeps_the_budget_and_changes_nothing_where_there_is_room(
+    problem: tuple[Scores, NeuronSet], amount: int, unit: str
+) -> None:
+    scores, free = problem
+    space, budget = scores.space, Budget.model_validate({unit: amount})
+    costs = {site.name: budget.cost(site) for site in space.sites}
+    room = sum(costs[name] for name, _ in free)
+    shares = largest_remainder(amount, [site.size * costs[site.name] for site in space.sites])
+    if amount > room:
+        with pytest.raises((InputError, FailedError)):
+            select(scores, budget, PER_SITE, free, "spill")
+        return
+    fits = all(
+        share <= len(free[site.name]) * costs[site.name] for site, share in zip(space.sites, shares, strict=True)
+    )
+    try:
+        selection = select(scores, budget, PER_SITE, free, "spill")
+    except FailedError as error:
+        # A share in parameters may be too small for one neuron.
+        assert unit == "parameters" and ("too small" in str(error) or "are free" in str(error))
+        return
+    assert not selection.neurons - free
+    if unit == "neurons":
+        assert len(selection.neurons) == amount
+        assert all(
+            len(selection.neurons[site.name]) >= min(share, len(free[site.name]))
+            for site, share in zip(space.sites, shares, strict=True)
+        )
+    if fits:
+        assert selection == select(scores, budget, PER_SITE, free)
+    check_ledger(selection, free)
+
+
+def check_ledger(selection: Selection, free: NeuronSet) -> None:
+    """The ledger counts the free neurons of every site before and after the choice, lent ones on neither side."""
+    left = free - selection.neurons
+    assert selection.free == len(free)
+    assert selection.capacity == {site.name: (len(free[site.name]), len(left[site.name])) for site in free.space.sites}
 
 
 # Errors
