@@ -157,21 +157,19 @@ class Signature:
 
     @classmethod
     def fit(cls, found: torch.Tensor, depth: int, max_length: int | None) -> Signature:
-        """The signature of features (n, f) of a task's prompts, in an order of chance.
-
-        Raises:
-            InputError: fewer than four prompts.
-        """
-        if len(found) < 4:
-            raise InputError(f"a signature needs at least four training prompts, not {len(found)}; give the task more")
+        """The signature of features (n, f) of a task's prompts, in an order of chance."""
         # scikit-learn takes a second to import.
         from sklearn.decomposition import PCA
 
+        if len(found) < 4:
+            # Too few to set some apart: only what is all but the same is near such a task.
+            found = found.repeat(4, 1)
         count = int(_FITTED * len(found))
         fitted, unseen = found[:count].double(), found[count:].double()
         pca = PCA(min(_COMPONENTS, count - 1, found.shape[1] - 1), svd_solver="full").fit(fitted.numpy())
         mean, components, variances = (
-            torch.from_numpy(each).float() for each in (pca.mean_, pca.components_, pca.explained_variance_)
+            torch.from_numpy(each).float().contiguous()
+            for each in (pca.mean_, pca.components_, pca.explained_variance_)
         )
         centred = unseen - mean
         within = centred @ components.double().T
@@ -180,7 +178,8 @@ class Signature:
         noise = max(left, 1e-6)
         bare = cls(mean, components, variances.clamp_min(noise), noise, -math.inf, depth, max_length)
         likely = bare.log_likelihood(unseen)
-        near = float(likely.mean() - _NEAR * likely.std(correction=0))
+        # Where all are alike, rounding is all that is between them: a nat for that.
+        near = float(likely.mean() - _NEAR * likely.std(correction=0)) - 1
         return replace(bare, near=near)
 
     def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> torch.Tensor:
