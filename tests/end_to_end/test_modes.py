@@ -20,6 +20,10 @@ from tests.learnt import Learnt, learn
 from tests.tiny import write_stream
 
 MODES = "evaluation.modes=[consolidated, oracle, routed]"
+#: The tasks of the tiny stream share their prompt and most words, so that a router is right but in seven of ten.
+ASKED = 'tasks.1.prompt="Kind: {text} Text:"'
+#: Without protection the second task overwrites the first one's neurons, so that the modes differ.
+OVERRIDES = (MODES, ASKED, "method.protection=none")
 TASKS = ("colours", "animals")
 
 
@@ -32,8 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scored(config: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Learnt:
     """The stream, learnt without disturbance."""
-    # Without protection the second task overwrites the first one's neurons, so that the modes differ.
-    return learn(config, tmp_path_factory.mktemp("home"), MODES, "method.protection=none")
+    return learn(config, tmp_path_factory.mktemp("home"), *OVERRIDES)
 
 
 def test_the_oracle_forgets_nothing(scored: Learnt) -> None:
@@ -53,7 +56,7 @@ def test_requests_are_sent_to_their_tasks(scored: Learnt) -> None:
 
 
 def test_routed_scores_are_those_of_the_states_that_the_registry_s_router_names(scored: Learnt) -> None:
-    parsed = load_config(scored.config)
+    parsed = load_config(scored.config, OVERRIDES)
     with scored.registry() as registry:
         last = registry.get("animals")
         base, tokenizer = load_base(str(scored.config.parent / "model"))
@@ -109,9 +112,9 @@ def test_a_stopped_stream_goes_on_to_the_same_scores(
 
     monkeypatch.setattr(workbench.Workbench, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        learn(scored.config, tmp_path, MODES, "method.protection=none")
+        learn(scored.config, tmp_path, *OVERRIDES)
     monkeypatch.undo()
-    resumed = learn(scored.config, tmp_path, MODES, "method.protection=none")
+    resumed = learn(scored.config, tmp_path, *OVERRIDES)
     assert resumed.run.matrix == scored.run.matrix
     assert _timeless(resumed) == _timeless(scored)
 
