@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.failures import skipped_in
+from flows.modes import ROUTING, formula_of
 from neft.forgetting import FORMULAS, AccuracyMatrix
 from registry import Run
 
@@ -19,6 +20,12 @@ def matrix_of(run: Run) -> AccuracyMatrix:
     if run.matrix is None:
         return AccuracyMatrix(tuple(run.tasks), (), (0,) * len(run.tasks))
     return AccuracyMatrix.from_dict(run.matrix)
+
+
+def modes_of(run: Run) -> dict[str, AccuracyMatrix]:
+    """The R matrices of the modes beside `consolidated`, by their names."""
+    kept = (run.matrix or {}).get("modes", {})
+    return {mode: AccuracyMatrix.from_dict(matrix) for mode, matrix in kept.items()}
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -33,8 +40,9 @@ def as_json(run: Run) -> dict[str, Any]:
         "tasks": list(run.tasks),
         "skipped": {each.task: each.error for each in skipped_in(run)},
         "matrix": [list(row) for row in matrix_of(run).rows],
+        "modes": {mode: [list(row) for row in matrix.rows] for mode, matrix in modes_of(run).items()},
         "metrics": dict(run.metrics or {}),
-        "formulas": {name: FORMULAS[name] for name in run.metrics or {}},
+        "formulas": {name: formula_of(name) for name in run.metrics or {}},
         "mlflow_run_id": run.mlflow_run_id,
         "tracking": run.tracking,
         "started_at": run.started_at.isoformat(),
@@ -73,11 +81,22 @@ def _matrix_table(run: Run) -> Table:
 def _metrics_table(runs: Sequence[Run]) -> Table:
     table = Table(title="continual learning")
     table.add_column("metric")
+    columns: list[tuple[Run, str]] = []
     for run in runs:
-        table.add_column(run.stream, justify="right")
+        modes = list(modes_of(run))
+        table.add_column(f"{run.stream}, consolidated" if modes else run.stream, justify="right")
+        for mode in modes:
+            table.add_column(f"{run.stream}, {mode}", justify="right")
+        columns += [(run, ""), *((run, f"{mode}/") for mode in modes)]
     table.add_column("formula", overflow="fold")
     for name, formula in FORMULAS.items():
-        values = [(run.metrics or {}).get(name) for run in runs]
-        if any(value is not None for value in values):
-            table.add_row(name, *("-" if value is None else f"{value:+.3f}" for value in values), Text(formula))
+        _add_metric(table, name, formula, [(run.metrics or {}).get(f"{mode}{name}") for run, mode in columns])
+    for name, formula in ROUTING.items():
+        values = [(run.metrics or {}).get(name) if name.startswith(mode) and mode else None for run, mode in columns]
+        _add_metric(table, name, formula, values)
     return table
+
+
+def _add_metric(table: Table, name: str, formula: str, values: Sequence[float | None]) -> None:
+    if any(value is not None for value in values):
+        table.add_row(name, *("-" if value is None else f"{value:+,.3f}" for value in values), Text(formula))

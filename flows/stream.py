@@ -68,6 +68,12 @@ def record(name: str) -> None:
     current().record()
 
 
+@_step("check out every state")
+def prove() -> None:
+    """Check out every state that the oracle goes back to, and measure it again."""
+    current().prove()
+
+
 @flow(name="neft-task", flow_run_name="{name}", persist_result=False)
 def learn_task(position: int, name: str) -> None:
     """Learn one task of the stream, unless this very work is recorded; one that fails leaves the model as it was."""
@@ -123,9 +129,12 @@ def _learn(bench: Workbench, config: StreamConfig) -> int:
         return bench.run.id
     try:
         bench.reserve()
+        bench.sign()
         evaluate("nothing")
         for position, lesson in enumerate(bench.lessons):
             learn_task(position, lesson.name)
+        if "oracle" in bench.modes.matrices:
+            prove()
         bench.finish()
     except BaseException as error:
         bench.fail(error)

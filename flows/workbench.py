@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from flows.config import StreamConfig
 from flows.courses import COURSES, Sequential
 from flows.failures import Skipped, skipped_in, with_skipped
 from flows.figures import heatmap
+from flows.modes import Modes, prove
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
 from neft.audit import Audit, AuditResult, WeightAudit, base_fingerprint, state_digest, trained_weights
@@ -35,18 +36,24 @@ from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
 from neft.protection import POLICIES, Learnt, ProtectionPolicy
+from neft.routing import Signature
 from neft.scoring import SCORERS, Scorer, Scores
 from neft.selection import Selection, select
+from neft.states import States
 from neft.strategies import build, contents
 from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
-from registry import Entry, NewEntry, Registry, Run
+from registry import Entry, Evaluation, NewEntry, Registry, Run
 
 
 def digest(description: Any) -> str:
     """SHA-256 of a JSON description."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+#: A value, how many examples it was computed from, and what else is worth keeping.
+_Measurement = tuple[float, int, dict[str, Any]]
 
 
 @dataclass
@@ -93,6 +100,10 @@ class Workbench:
         self.state = ""
         self.run: Run
         self.matrix: AccuracyMatrix
+        self.modes: Modes
+        self.signatures: list[Signature] = []
+        #: For each row of the R matrix and each task, the values of the task's examples.
+        self.values: list[list[list[float]]] = []
         self.general: list[dict[str, float]] = []
         self.chain: list[Entry] = []
         self.skipped: list[Skipped] = []
@@ -141,6 +152,23 @@ class Workbench:
         if self.reserved:
             sites = len(self.reserved.indices)
             say(f"protection policy {self.policy.name!r} reserves {len(self.reserved):,} neurons in {sites} sites")
+
+    def sign(self) -> None:
+        """Make every task's signature, while the model is still untouched, as it is when a router reads a request."""
+        modes = self.config.evaluation.modes
+        if self.config.method.baseline is not None:
+            # A baseline leaves no state to go back to.
+            self.modes = Modes(("consolidated",), self.matrix)
+            return
+        start = time.perf_counter()
+        length = self.config.training.max_length
+        self.modes = Modes(modes, self.matrix)
+        self.signatures = [
+            Signature.of(self.model, self.tokenizer, task.train, length, self._task_seed(task)) for task in self.tasks
+        ]
+        if "routed" in modes:
+            self.modes.read(self.model, self.tokenizer, self.tasks, self.signatures)
+        say(f"made the signatures of {len(self.tasks)} tasks in {time.perf_counter() - start:.1f} s")
 
     @property
     def config_digest(self) -> str:
@@ -485,55 +513,65 @@ class Workbench:
 
     def evaluate(self) -> None:
         """Measure the model as it stands on tasks, as the course has it, and on every probe: the R matrix grows."""
-        self.matrix = self.course.measured(self.matrix, self._measure_task)
+        found: dict[int, Evaluation] = {}
+
+        def measure(place: int) -> float:
+            task = self.tasks[place]
+            found[place] = self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task))
+            return found[place].value
+
+        self.matrix = self.course.measured(self.matrix, measure)
         learnt = self.matrix.learnt
         probes = {
-            probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe))
+            probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe)).value
             for probe in self.probes
         }
+        if self.modes.matrices:
+            self.values.append([found[place].details["values"] for place in range(len(self.tasks))])
+            self.modes.add(self.values[-1])
         self.general.append(probes)
         row = zip(self.tasks, self.matrix.rows[-1], strict=True)
         scored = [(task, score) for task, score in row if score is not None]
         shown = {f"{task.metric}/{task.name}": score for task, score in scored}
         shown |= {f"continual/{name}": value for name, value in self.metrics().items()}
-        shown |= {f"perplexity/{name}": value for name, value in probes.items()}
+        shown |= {f"perplexity/{name}": value for name, value in probes.items()} | self.modes.metrics()
         self.tracker.log_row(shown, learnt)
-        self.run = self.registry.update_run(self.run.id, matrix=self.matrix.to_dict(), metrics=self.metrics())
-        scores = ", ".join(f"{task.name} {score:.3f}" for task, score in scored)
-        say(f"{'untouched model' if learnt == 0 else f'after {learnt} of {len(self.tasks)}'}: {scores}")
+        matrices = {mode: matrix.to_dict() for mode, matrix in self.modes.matrices.items()}
+        self.run = self.registry.update_run(
+            self.run.id,
+            matrix=self.matrix.to_dict() | {"modes": matrices},
+            metrics=self.metrics() | self.modes.metrics(),
+        )
+        said = ", ".join(f"{task.name} {score:.3f}" for task, score in scored)
+        say(f"{'untouched model' if learnt == 0 else f'after {learnt} of {len(self.tasks)}'}: {said}")
 
-    def _measure_task(self, place: int) -> float:
-        task = self.tasks[place]
-        return self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task))
-
-    def _score(self, task: Task) -> Callable[[], tuple[float, int]]:
-        def measure() -> tuple[float, int]:
+    def _score(self, task: Task) -> Callable[[], _Measurement]:
+        def measure() -> _Measurement:
             score = evaluate(self.model, self.tokenizer, task, self.config.evaluation_spec)
-            return score.value, score.examples
+            return score.value, score.examples, {"values": list(score.values)}
 
         return measure
 
-    def _perplexity(self, probe: Probe) -> Callable[[], tuple[float, int]]:
-        return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens)
+    def _perplexity(self, probe: Probe) -> Callable[[], _Measurement]:
+        return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens, {})
 
-    def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], tuple[float, int]]) -> float:
+    def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], _Measurement]) -> Evaluation:
         """A score of this very state on this very data: measured, unless this run did so before it was interrupted."""
         identity = digest([self.run.id, fingerprint, metric, self._evaluation(), self.config.training.max_length])
         known = self.registry.evaluation(self.state, identity)
         if known is not None:
-            return known.value
+            return known
         start = time.perf_counter()
-        value, examples = measure()
-        self.registry.record_evaluation(
+        value, examples, details = measure()
+        return self.registry.record_evaluation(
             state_digest=self.state,
             data_digest=identity,
             task=name,
             metric=metric,
             value=value,
             examples=examples,
-            details={"seconds": time.perf_counter() - start},
+            details={"seconds": time.perf_counter() - start, **details},
         )
-        return value
 
     def metrics(self) -> dict[str, float]:
         """The continual-learning metrics so far, by the names in `neft.forgetting.FORMULAS`."""
@@ -565,6 +603,7 @@ class Workbench:
                     overlay=work.overlay,
                     scores=work.scores,
                     memory=work.memory,
+                    signature=self.signatures[work.position],
                     state_digest=work.state,
                     metrics={
                         "scores": row,
@@ -593,14 +632,28 @@ class Workbench:
         self.tracker.finish(work.run_id)
         self._work = None
 
+    def prove(self) -> None:
+        """Check out every state that the oracle goes back to, and measure it again."""
+        # The model has served its turn, and a second one may not fit beside it.
+        del self.model
+        self._load_base()
+        states = States(self.model, {entry.reference: self.registry.overlay(entry) for entry in self.chain})
+        # A task that was skipped has a row of the R matrix, but no entry.
+        places = {task.name: place for place, task in enumerate(self.tasks)}
+        expected = {entry.reference: self.values[places[entry.task] + 1][places[entry.task]] for entry in self.chain}
+
+        def measure(entry: Entry) -> Sequence[float]:
+            task = self.tasks[places[entry.task]]
+            return evaluate(self.model, self.tokenizer, task, self.config.evaluation_spec).values
+
+        prove(states, [(entry, expected[entry.reference]) for entry in self.chain], measure)
+        say(f"checked out all {len(self.chain)} states again: same weights, same scores")
+
     def finish(self) -> None:
-        """End the run: the matrix as a table and as a picture."""
-        skipped = {each.task for each in self.skipped}
-        rows = ["untouched", *(f"after {name}{' (skipped)' * (name in skipped)}" for name in self.matrix.tasks)]
-        table: dict[str, list[Any]] = {"state": rows}
-        for place, name in enumerate(self.matrix.tasks):
-            table[name] = [row[place] for row in self.matrix.rows]
-        self.tracker.log_table(table, "r_matrix.json")
+        """End the run: each mode's matrix as a table, and that of the newest states as a picture."""
+        self._log_matrix(self.matrix, "r_matrix.json")
+        for mode, matrix in self.modes.matrices.items():
+            self._log_matrix(matrix, f"r_matrix_{mode}.json")
         self.tracker.log_figure(heatmap(self.matrix, f"R matrix of {self.config.stream}"), "r_matrix.png")
         self.tracker.tag(
             self.tracker.run_id,
@@ -611,6 +664,14 @@ class Workbench:
         tracking = with_skipped(self.run.tracking, self.skipped)
         tracking["entries"] = [entry.reference for entry in self.chain]
         self.run = self.registry.update_run(self.run.id, status="finished", tracking=tracking)
+
+    def _log_matrix(self, matrix: AccuracyMatrix, name: str) -> None:
+        skipped = {each.task for each in self.skipped}
+        rows = ["untouched", *(f"after {task}{' (skipped)' * (task in skipped)}" for task in matrix.tasks)]
+        table: dict[str, list[Any]] = {"state": rows}
+        for place, task in enumerate(matrix.tasks):
+            table[task] = [row[place] for row in matrix.rows]
+        self.tracker.log_table(table, name)
 
     def fail(self, error: BaseException) -> None:
         """Leave every record of the run in a truthful state; it goes on from there when it is started again."""

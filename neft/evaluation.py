@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,10 +22,19 @@ from neft.errors import InputError
 from neft.modes import in_evaluation
 from neft.tasks import Example, Spec, Task
 
+#: Which state of a stream answers a task's prompts: the newest one; the one right after the task was learnt, since the
+#: task is named; or the one of the task that the prompt is nearest to.
+Mode = Literal["consolidated", "oracle", "routed"]
+
 
 class EvaluationSpec(Spec):
     """How models are evaluated."""
 
+    modes: tuple[Mode, ...] = Field(
+        ("consolidated",),
+        description="which state answers: `consolidated`, the newest; `oracle`, that of the task, which is named; "
+        "`routed`, that of the nearest task. The last two are for streams that record entries, not for baselines",
+    )
     batch_size: int = Field(16, gt=0, description="prompts evaluated at a time")
     max_length: int | None = Field(
         None,
@@ -37,14 +46,29 @@ class EvaluationSpec(Spec):
     )
     general_tokens: int = Field(4096, gt=1, description="tokens read of each general text file")
 
+    @field_validator("modes")
+    @classmethod
+    def _with_the_newest(cls, modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        if "consolidated" not in modes or len(set(modes)) < len(modes):
+            raise ValueError("name `consolidated`, which is always measured, and each other mode once at most")
+        return modes
+
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score on one task: `value` in [0, 1] under `metric`, over `examples`."""
+    """A model's score on one task under `metric`: one value in [0, 1] for each example, in the task's own order."""
 
     metric: str
-    value: float
-    examples: int
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """Their mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def examples(self) -> int:
+        return len(self.values)
 
 
 def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, spec: EvaluationSpec) -> Score:
@@ -56,13 +80,13 @@ def evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, s
     with in_evaluation(model), torch.inference_mode():
         scored = _classified if task.completions else _generated
         results = scored(model, tokenizer, task, spec)
-        values = list(tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False, disable=None))
-    return Score(task.metric, sum(values) / len(values), len(values))
+        values = dict(tqdm(results, desc=f"evaluating {task.name}", total=len(task.eval), leave=False, disable=None))
+    return Score(task.metric, tuple(values[number] for number in range(len(task.eval))))
 
 
-def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """The examples in batches of prompts of like length, since padding costs as much as text."""
-    ordered = sorted(examples, key=lambda example: len(str(example.prompt)))
+def like_lengths(examples: Sequence[Example], size: int) -> Iterator[Sequence[int]]:
+    """Numbers of the examples in batches of prompts of like length, since padding costs as much as text."""
+    ordered = sorted(range(len(examples)), key=lambda number: len(str(examples[number].prompt)))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 
@@ -73,11 +97,13 @@ def _device(model: nn.Module) -> torch.device:
 
 def _classified(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, spec: EvaluationSpec
-) -> Iterator[float]:
-    for examples in _chunks(task.eval, spec.batch_size):
+) -> Iterator[tuple[int, float]]:
+    """Number and value of each example."""
+    for numbers in like_lengths(task.eval, spec.batch_size):
+        examples = [task.eval[number] for number in numbers]
         likelihoods = completion_log_likelihoods(model, tokenizer, examples, task.completions, spec.max_length)
-        for example, best in zip(examples, likelihoods.argmax(-1).tolist(), strict=True):
-            yield float(task.completions[best] == example.completion)
+        for number, best in zip(numbers, likelihoods.argmax(-1).tolist(), strict=True):
+            yield number, float(task.completions[best] == task.eval[number].completion)
 
 
 @torch.no_grad()
@@ -167,15 +193,14 @@ def _continued(
 
 def _generated(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, spec: EvaluationSpec
-) -> Iterator[float]:
-    for examples in _chunks(task.eval, spec.batch_size):
+) -> Iterator[tuple[int, float]]:
+    """Number and value of each example."""
+    value = _exact_match if task.metric == "exact_match" else _rouge_l
+    for numbers in like_lengths(task.eval, spec.batch_size):
+        examples = [task.eval[number] for number in numbers]
         answers = generate(model, tokenizer, examples, task.max_new_tokens, spec.max_length)
-        for example, answer in zip(examples, answers, strict=True):
-            yield (
-                _exact_match(answer, example.completion)
-                if task.metric == "exact_match"
-                else _rouge_l(answer, example.completion)
-            )
+        for number, answer in zip(numbers, answers, strict=True):
+            yield number, value(answer, task.eval[number].completion)
 
 
 def generate(

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from neft.models import Dtype
     from neft.neurons import NeuronSet
     from neft.overlay import Overlay
-    from neft.routing import Signature
+    from neft.routing import Router, Signature
     from neft.scoring import Scores
+    from neft.states import States
 
 
 class Registry(Ledger):
@@ -285,15 +286,50 @@ class Registry(Ledger):
                 f"{entry.reference} was learnt on base model {entry.base_model.name!r} "
                 f"({entry.base_model.fingerprint[:12]}), but the one given is {found[:12]}; give that base model"
             )
-        overlays = [self.overlay(link) for link in self.chain(entry)]
-        replaced = [overlay.lay_on(model) for overlay in overlays]
+        states = self.states(entry, model)
+        states.visit(entry.reference)
         if verify and (found := state_digest(model)) != entry.state_digest:
-            for overlay in reversed(replaced):
-                overlay.lay_on(model)
+            states.visit(None)
             raise FailedError(
                 f"{entry.reference} cannot be rebuilt: the weights' digest is {found[:12]}, recorded is "
                 f"{entry.state_digest[:12]}; learn the task again"
             )
+
+    def states(self, entry: Entry, model: nn.Module) -> States:
+        """The states of an entry's chain, by reference, for `model` to step between; it stands at the base.
+
+        Args:
+            model: the base model, nothing laid on, as `neft.models.load_base` gives it.
+
+        Raises:
+            FailedError: a file is missing or damaged.
+        """
+        from neft.states import States
+
+        return States(model, {link.reference: self.overlay(link) for link in self.chain(entry)})
+
+    def router(self, task: str | Entry, version: int | None = None) -> Router:
+        """Finds which entry of a chain a request belongs to, by reference.
+
+        Args:
+            task: the entry whose chain it is, or what `get` takes.
+            version: the version, for a task's name.
+
+        Raises:
+            InputError: no such entry, or an entry of the chain was recorded without a signature.
+            FailedError: a file is missing, truncated or altered.
+        """
+        from neft.routing import Router
+
+        entry = self.get(task, version) if isinstance(task, str) else task
+        signatures = {link.reference: self.signature(link) for link in self.chain(entry)}
+        unsigned = [reference for reference, signature in signatures.items() if signature is None]
+        if unsigned:
+            raise InputError(
+                f"{unsigned[0]} was recorded without a signature, so requests cannot be routed to it; learn the stream "
+                "again in a new registry"
+            )
+        return Router({reference: signature for reference, signature in signatures.items() if signature is not None})
 
 
 def _columns(new: NewEntry) -> dict[str, Any]:

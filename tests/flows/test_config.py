@@ -385,3 +385,9 @@ def test_a_length_beyond_the_models_positions_is_refused(key: str) -> None:
         config.check_lengths(64)
     config.check_lengths(65)
     config.check_lengths(None)
+
+
+@pytest.mark.parametrize("modes", [["oracle"], [], ["consolidated", "routed", "routed"]])
+def test_the_newest_state_is_always_measured_and_no_mode_twice(modes: list[str]) -> None:
+    [said] = complaints(("evaluation.modes", modes))
+    assert said.startswith("evaluation.modes: name `consolidated`, which is always measured")

@@ -129,6 +129,15 @@ def test_accuracy_is_the_share_of_rows_whose_label_is_likeliest() -> None:
     assert 0 < score.value < 1
 
 
+def test_values_stand_in_the_order_of_the_tasks_examples() -> None:
+    model, task = tiny_model(), classification()
+    likeliest = [int(completion_log_likelihoods(model, TOKENIZER, [row], LABELS).argmax()) for row in task.eval]
+    expected = tuple(float(LABELS[best] == row.completion) for best, row in zip(likeliest, task.eval, strict=True))
+    assert evaluate(model, TOKENIZER, task, EvaluationSpec(batch_size=2)).values == expected
+    by_length = sorted(range(7), key=lambda number: len(str(task.eval[number].prompt)))
+    assert expected != tuple(expected[number] for number in by_length)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_batch_size_does_not_change_accuracy(family: str) -> None:
     model = tiny_model(family)
