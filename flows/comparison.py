@@ -33,16 +33,14 @@ class ComparisonSpec(Spec):
     )
     orders: dict[str, tuple[str, ...]] = Field({}, description="order -> names of tasks; default: the stream's own")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (0,), min_length=1, description="seeds; the first is the one to tune on"
+        (0,), min_length=1, description="seeds; learning rates are tried on the first"
     )
     learning_rates: dict[str, tuple[float, ...]] = Field(
         {},
         description="method -> learning rates to try on the first seed and order; the one with the best learning "
         "accuracy (average accuracy where a method has none) is used for the rest",
     )
-    separate: bool = Field(
-        False, description="learn every task alone from the base model; rates are tried on all tasks"
-    )
+    separate: bool = Field(False, description="learn every task alone, from the base model; it has no order then")
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

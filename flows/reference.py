@@ -88,17 +88,15 @@ def _row(name: str, field: FieldInfo) -> str:
 
 def _type(annotation: Any) -> str:
     origin = get_origin(annotation)
-    if origin is Annotated:
-        return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_type(part) for part in get_args(annotation) if part is not type(None)))
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
-    if origin is dict:
-        return "mapping"
-    if is_model(annotation):
+    if origin is dict or is_model(annotation):
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
     return names.get(annotation, str(annotation))

@@ -99,7 +99,7 @@ def share(
     if not shares:
         return None
     mean = statistics.mean(shares)
-    if len(shares) < 2 or len(set(shares)) == 1:
+    if len(shares) < 2 or max(shares) - min(shares) < 1e-12:
         same = mean if len(shares) > 1 else None
         return Share(mean, same, same, len(shares))
     drawn = stats.bootstrap((np.array(shares),), np.mean, rng=np.random.default_rng(0), n_resamples=9999)
