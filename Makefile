@@ -52,3 +52,4 @@ test-quantised: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m flows.reference docs/config.md
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.forgetting

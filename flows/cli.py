@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.environment import silence_telemetry
-from neft.errors import InputError, NeftError
+from neft.errors import FailedError, InputError, NeftError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from flows.comparison import Comparison
     from flows.inspection import Inspection
     from registry import Registry, Run
 
@@ -94,6 +95,44 @@ def report(
     _print_report(streams, location, json_)
     if plot is not None:
         _draw(streams[0], location, plot)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path | None, typer.Argument(help="The comparison's YAML file.", show_default=False)] = None,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once; each gets its share of the cores.")] = 1,
+    limit: Annotated[
+        float | None, typer.Option(metavar="MINUTES", min=0, help="Begin no new run after so many minutes.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and which are done.")] = False,
+    report: Annotated[
+        str | None, typer.Option(metavar="EXPERIMENT", help="Report on a comparison, from MLflow alone.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Method to compare with; default: the first.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="Where MLflow is; default: MLFLOW_TRACKING_URI, or neft's home.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also draw the report's pictures.")] = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on a stream over orders, seeds and learning rates; started again, go on where it stopped.
+
+    Example: neft compare configs/forgetting-demo.yaml --jobs 2
+    """
+    if (config is None) == (report is None):
+        raise InputError("give either the comparison's config to learn it, or --report EXPERIMENT to report on it")
+    if report is not None:
+        _report_comparison(report, against, tracking_uri, plot, json_)
+    elif config is not None:
+        from flows.comparison import load_comparison
+
+        comparison = load_comparison(config, overrides or ())
+        if dry_run:
+            _list_cells(comparison, json_)
+        else:
+            _learn_comparison(comparison, jobs, limit, debug)
 
 
 @inspect_app.callback()
@@ -253,6 +292,59 @@ def _registry(location: Path | None) -> closing[Registry]:
     if not (folder / "registry.db").exists():
         raise InputError(f"there is no registry in {folder}; run a stream first, or name its folder with --registry")
     return closing(Registry.open(folder))
+
+
+def _list_cells(comparison: Comparison, as_json: bool) -> None:
+    from flows.tuning import states
+
+    found = states(comparison)
+    if as_json:
+        _print_json([{"run": name, "state": state} for name, state in found])
+        return
+    table = Table("run", "state", title=f"{comparison.name}: {len(found)} runs")
+    for name, state in found:
+        table.add_row(name, state)
+    _OUT.print(table)
+
+
+def _learn_comparison(comparison: Comparison, jobs: int, limit: float | None, debug: bool) -> None:
+    """
+    Raises:
+        FailedError: a sentence for each run that failed.
+    """
+    from flows.launch import run_comparison
+
+    signal.signal(signal.SIGINT, _stop)
+    outcome = run_comparison(comparison, jobs, limit, debug)
+    left = f", {len(outcome.left)} left for another time" if outcome.left else ""
+    lines = [
+        f"{comparison.name}: {len(outcome.learnt)} runs learnt, {len(outcome.known)} learnt before{left}",
+        f"  {_folder()}neft compare --report {comparison.experiment}",
+    ]
+    _OUT.print("\n".join(lines), highlight=False, markup=False)
+    if outcome.failed:
+        raise FailedError("\n".join(f"{name} failed: {reason}" for name, reason in outcome.failed.items()))
+
+
+def _report_comparison(experiment: str, against: str | None, uri: str | None, plot: Path | None, as_json: bool) -> None:
+    from flows import comparison_report as reports
+    from flows.environment import mlflow_store
+    from flows.home import Home
+    from flows.results import chosen, read_results
+
+    results = read_results(experiment, mlflow_store(uri, Home.find()))
+    found = reports.report_of(experiment, results, against)
+    if plot is not None:
+        from flows.figures import comparison
+
+        for name, figure in comparison(chosen(results), results).items():
+            _save_picture(figure, plot / f"{name}.svg")
+    if as_json:
+        _print_json(reports.as_json(found, results))
+        return
+    _OUT.print(reports.as_table(found))
+    if plot is not None:
+        _OUT.print(f"pictures are in {plot}", highlight=False, markup=False)
 
 
 def _print_report(streams: list[str], location: Path | None, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
@@ -25,6 +25,8 @@ from neft.selection import Budget, SelectionSpec
 from neft.strategies import Choice, anchored, build
 from neft.tasks import Spec, TaskSpec
 from neft.training_spec import TrainingSpec
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ModelSpec(Spec):
@@ -56,7 +58,7 @@ class MethodSpec(Spec):
     @field_validator("scorer", "protection", "baseline")
     @classmethod
     def _known_strategy(cls, choice: Choice | None, info: ValidationInfo) -> Choice | None:
-        role, known = _STRATEGIES[str(info.field_name)]
+        role, known = STRATEGIES[str(info.field_name)]
         if choice is None:
             return None
         # A strategy may read files of its own when it is built, so their paths are anchored first.
@@ -66,7 +68,7 @@ class MethodSpec(Spec):
 
 
 #: Key of `method` -> what it chooses, and from what.
-_STRATEGIES: dict[str, tuple[str, Mapping[str, type[Any]]]] = {
+STRATEGIES: dict[str, tuple[str, Mapping[str, type[Any]]]] = {
     "scorer": ("scorer", SCORERS),
     "protection": ("protection policy", POLICIES),
     "baseline": ("baseline", BASELINES),
@@ -79,6 +81,7 @@ class TrackingSpec(Spec):
     mlflow: str | None = Field(None, description="MLflow tracking URI; default: an SQLite store in neft's home")
     prefect: str | None = Field(None, description="URL of a Prefect server's API; default: Prefect's own ephemeral one")
     experiment: str | None = Field(None, description="MLflow experiment; default: the stream's name")
+    tags: dict[str, str] = Field({}, description="tags of the MLflow run, beside neft's own")
 
 
 class RegistrySpec(Spec):
@@ -143,6 +146,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     Raises:
         InputError: no such file, not YAML, or every key that is wrong, one a line.
     """
+    raw = read_mapping(path, "stream", overrides)
+    return config_of(raw, str(path), Path(path).parent.resolve())
+
+
+def read_mapping(path: str | Path, first_key: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of a YAML file, with `a.b=c` overrides on top.
+
+    Args:
+        first_key: the key that such a file begins with, for who has written none.
+
+    Raises:
+        InputError: no such file, not YAML, no mapping, or an override that fits nowhere.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such config: {path}; give the path of a YAML file")
@@ -151,11 +167,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StreamConfig
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path} is not a mapping of keys to values; start with `stream: NAME`")
+        raise InputError(f"{path} is not a mapping of keys to values; start with `{first_key}: NAME`")
     for override in overrides:
-        _apply(raw, override)
-    folder = path.parent.resolve()
-    return _anchored(validate_config(raw, str(path), folder), folder)
+        apply_override(raw, override)
+    return raw
+
+
+def config_of(raw: Mapping[str, Any], where: str, folder: Path) -> StreamConfig:
+    """A stream's config from its keys and values, with every relative path made absolute, from `folder`.
+
+    Raises:
+        InputError: every key that is wrong, one a line.
+    """
+    return _anchored(validate_config(raw, where, folder), folder)
 
 
 def validate_config(raw: Mapping[str, Any], where: str, folder: Path | None = None) -> StreamConfig:
@@ -166,14 +190,19 @@ def validate_config(raw: Mapping[str, Any], where: str, folder: Path | None = No
     Raises:
         InputError: every key that is wrong, one a line, each with its value and what to do.
     """
+    return validated(StreamConfig, raw, where, folder)
+
+
+def validated(model: type[_Model], raw: Mapping[str, Any], where: str, folder: Path | None = None) -> _Model:
+    """A config of any model, validated as `validate_config` does a stream's."""
     try:
-        return StreamConfig.model_validate(raw, context={"folder": folder or Path()})
+        return model.model_validate(raw, context={"folder": folder or Path()})
     except ValidationError as error:
-        complaints = list(dict.fromkeys(_complaints(error, raw)))
+        complaints = list(dict.fromkeys(_complaints(error, raw, model)))
         raise InputError("\n".join(f"{where}: {complaint}" for complaint in complaints)) from error
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one `a.b=c` in a raw config; list items are named by their number."""
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -200,7 +229,7 @@ def _item(place: Any, name: str, override: str) -> Any:
     return place[int(name)]
 
 
-def _complaints(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]:
+def _complaints(error: ValidationError, raw: Mapping[str, Any], top: type[BaseModel]) -> Iterator[str]:
     problems = error.errors(include_url=False)
     places = [_place(raw, problem["loc"], problem["type"]) for problem in problems]
     for problem, location in zip(problems, places, strict=True):
@@ -211,7 +240,7 @@ def _complaints(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[str]
         key = ".".join(str(part) for part in location)
         value = problem["input"]
         if problem["type"] in _UNKNOWN:
-            known = _known_keys(location[:-1])
+            known = _known_keys(top, location[:-1])
             hint = f"; {nearest(str(location[-1]), known)}" if known else ""
             yield f"unknown key {key!r}{hint}"
         elif problem["type"] == "missing":
@@ -272,9 +301,9 @@ def fields_of(model: type[Any]) -> dict[str, FieldInfo]:
     return described
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
+def _known_keys(top: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Keys that the part of the config at `location` knows."""
-    model: type[Any] | None = StreamConfig
+    model: type[Any] | None = top
     for part in location:
         if isinstance(part, int):
             continue

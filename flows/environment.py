@@ -60,7 +60,12 @@ def silence_telemetry() -> None:
 
 def mlflow_uri(config: StreamConfig, home: Home) -> str:
     """The config's tracking URI, else the environment's, else the store in `home`."""
-    return config.tracking.mlflow or os.environ.get("MLFLOW_TRACKING_URI") or home.mlflow_uri
+    return mlflow_store(config.tracking.mlflow, home)
+
+
+def mlflow_store(named: str | None, home: Home) -> str:
+    """The tracking URI that is named, else the environment's, else the store in `home`."""
+    return named or os.environ.get("MLFLOW_TRACKING_URI") or home.mlflow_uri
 
 
 def check_server(server: str, key: str, url: str) -> None:

@@ -1,16 +1,18 @@
-"""Pictures of a stream's results, and of a model without its keystones."""
+"""Pictures of a stream's results, of a comparison's, and of a model without its keystones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import ScalarFormatter
 
 from flows.inspection import Ablated
+from flows.results import Result
 from neft.forgetting import AccuracyMatrix
 
 
@@ -74,3 +76,87 @@ def _curves(axes: Axes, rows: Sequence[Ablated], names: Sequence[str], value: Ca
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     axes.set_xlabel("neurons silenced")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
+def comparison(results: Mapping[str, Sequence[Result]], everything: Sequence[Result]) -> dict[str, Figure]:
+    """A comparison's pictures by file name: an R matrix a method, the average over tasks learnt, and the frontier.
+
+    Args:
+        results: method -> its runs at the learning rate that learnt best.
+        everything: the runs at every learning rate.
+    """
+    pictures = {}
+    for method, runs in results.items():
+        if (matrix := mean_matrix(runs)) is not None:
+            pictures[f"r-matrix-{method}"] = heatmap(matrix, f"R matrix of {method}, mean of {_same_order(runs)} seeds")
+    pictures["average-accuracy"] = average_curves(results)
+    pictures["frontier"] = frontier(everything)
+    return pictures
+
+
+def _same_order(runs: Sequence[Result]) -> int:
+    return sum(run.order == runs[0].order for run in runs)
+
+
+def mean_matrix(runs: Sequence[Result]) -> AccuracyMatrix | None:
+    """The mean R matrix over the seeds of the first run's order; None of tasks that were learnt alone."""
+    tasks = runs[0].tasks
+    if len(tasks) < 2:
+        return None
+    arrays = [
+        np.array([[math.nan if score is None else score for score in row] for row in run.rows])
+        for run in runs
+        if run.order == runs[0].order
+    ]
+    mean = np.mean(arrays, axis=0)
+    rows = tuple(tuple(None if math.isnan(score) else float(score) for score in row) for row in mean)
+    return AccuracyMatrix(tasks, rows, (1,) * len(tasks))
+
+
+def average_curves(results: Mapping[str, Sequence[Result]]) -> Figure:
+    """Average accuracy over the tasks learnt so far, a curve a method; the band is one standard deviation."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (method, runs) in enumerate(results.items()):
+        curves = np.array([_averages(run) for run in runs if len(run.tasks) == len(runs[0].tasks)])
+        steps, mean, colour = range(1, curves.shape[1] + 1), curves.mean(axis=0), f"C{number % 10}"
+        axes.plot(steps, mean, "-o" if number < 10 else "--s", color=colour, label=method, markersize=4)
+        if len(curves) > 1:
+            width = curves.std(axis=0, ddof=1)
+            axes.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xticks(range(1, max((len(runs[0].tasks) for runs in results.values()), default=1) + 1))
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("mean score on them")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _averages(run: Result) -> list[float]:
+    """Mean score on the first t tasks after t, for every t; NaN where one was not measured."""
+    scores = [[math.nan if score is None else score for score in row] for row in run.rows]
+    return [float(np.mean(row[:learnt])) for learnt, row in enumerate(scores) if learnt]
+
+
+def frontier(results: Sequence[Result]) -> Figure:
+    """Plasticity against stability: learning accuracy and backward transfer, a point a method and learning rate."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    across, down = "continual/learning_accuracy", "continual/backward_transfer"
+    for number, method in enumerate(dict.fromkeys(result.method for result in results)):
+        points: dict[float, list[tuple[float, float]]] = {}
+        for result in results:
+            if result.method == method and across in result.metrics and down in result.metrics:
+                points.setdefault(result.rate, []).append((result.metrics[across], result.metrics[down]))
+        means = [(rate, *np.mean(found, axis=0)) for rate, found in sorted(points.items())]
+        if not means:
+            continue
+        style = "-o" if number < 10 else "--s"
+        axes.plot([x for _, x, _ in means], [y for _, _, y in means], style, color=f"C{number % 10}", label=method)
+        for rate, x, y in means:
+            axes.annotate(f"{rate:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("learning accuracy")
+    axes.set_ylabel("backward transfer")
+    if axes.lines[1:]:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure

@@ -1,11 +1,13 @@
-"""Launch: run a stream's flow in this process, against the servers or the home that the config names."""
+"""Launch: run a stream's or a comparison's flow, against the servers or the home that the config names."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 from filelock import FileLock, Timeout
@@ -14,6 +16,10 @@ from flows.config import StreamConfig
 from flows.environment import prepare
 from flows.home import Home
 from neft.errors import FailedError
+
+if TYPE_CHECKING:
+    from flows.compare import Outcome
+    from flows.comparison import Comparison
 
 
 def run_stream(config: StreamConfig, debug: bool = False) -> int:
@@ -28,14 +34,49 @@ def run_stream(config: StreamConfig, debug: bool = False) -> int:
     from flows.stream import learn_stream
 
     folder = config.registry.location or home.registry
-    with _alone(config.stream, folder), _without_heartbeat():
-        try:
-            return learn_stream(config.stream, config.model_dump(mode="json"))
-        except httpx.HTTPError as error:
-            server = os.environ.get("PREFECT_API_URL", "the ephemeral server of this run")
-            raise FailedError(
-                f"Prefect ({server}) failed: {error or type(error).__name__}; run the same command again to go on"
-            ) from error
+    with _alone(config.stream, folder), _without_heartbeat(), _prefect_named():
+        return learn_stream(config.stream, config.model_dump(mode="json"))
+
+
+def run_comparison(comparison: Comparison, jobs: int = 1, minutes: float | None = None, debug: bool = False) -> Outcome:
+    """Learn the cells of a comparison that are not learnt yet, each in a process of its own.
+
+    Args:
+        jobs: processes at once.
+        minutes: begin no new cell after so many.
+
+    Raises:
+        FailedError: a server or a file failed; a cell that fails is named in what is given back.
+    """
+    home, config = Home.find(), comparison.config
+    prepare(config, home, debug)
+    from flows.compare import learn_comparison
+    from flows.tuning import Ledger
+
+    folder = config.registry.location or home.registry
+    seconds = None if minutes is None else 60 * minutes
+    with (
+        _alone(f"compare-{comparison.name}", folder),
+        closing(Ledger(comparison)) as ledger,
+        _without_heartbeat(),
+        _prefect_named(),
+    ):
+        return learn_comparison(comparison, ledger, jobs, seconds)
+
+
+@contextlib.contextmanager
+def _prefect_named() -> Iterator[None]:
+    """
+    Raises:
+        FailedError: the Prefect server failed; says which.
+    """
+    try:
+        yield
+    except httpx.HTTPError as error:
+        server = os.environ.get("PREFECT_API_URL", "the ephemeral server of this run")
+        raise FailedError(
+            f"Prefect ({server}) failed: {error or type(error).__name__}; run the same command again to go on"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from flows.comparison import ComparisonSpec
 from flows.config import StreamConfig, fields_of, is_model
 from neft.baselines import BASELINES
 from neft.protection import POLICIES
@@ -26,16 +27,22 @@ A config is one YAML file. Relative paths are relative to the file. Unknown keys
 one. `neft run CONFIG --set a.b=c` overrides a key; an item of a list is named by its number (`tasks.0.data.limit=100`).
 """
 
+_COMPARISON = """## A comparison
+
+The YAML file of `neft compare`. `--set stream.a.b=c` overrides a key of its stream, be that a file or not.
+"""
+
 
 def reference() -> str:
     """The whole page, as Markdown."""
     sections = [_section(path, model) for path, model in _models(StreamConfig, "")]
+    comparison = [_COMPARISON, _table(ComparisonSpec)]
     strategies = [
         _strategies("Scorers", "method.scorer", SCORERS),
         _strategies("Protection policies", "method.protection", POLICIES),
         _strategies("Baselines", "method.baseline", BASELINES),
     ]
-    return "\n".join([_HEAD, *sections, *strategies])
+    return "\n".join([_HEAD, *sections, *strategies, *comparison])
 
 
 def _models(model: type[Any], path: str) -> Iterator[tuple[str, type[Any]]]:
@@ -59,9 +66,11 @@ def _is_list(annotation: Any) -> bool:
 
 def _section(path: str, model: type[Any]) -> str:
     title = f"`{path}`" if path else "Top level"
+    return f"## {title}\n\n{_table(model)}"
+
+
+def _table(model: type[Any]) -> str:
     rows = [
-        f"## {title}",
-        "",
         _first_paragraph(model.__doc__),
         "",
         "| key | type | default | what it is |",
@@ -83,11 +92,11 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_type(part) for part in get_args(annotation) if part is not type(None)))
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
-    if origin is dict:
-        return "mapping"
-    if is_model(annotation):
+    if origin is dict or is_model(annotation):
         return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
     return names.get(annotation, str(annotation))

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.config import StreamConfig
+from flows.costs import Costs
 from flows.courses import COURSES, Sequential
 from flows.failures import Skipped, skipped_in, with_skipped
 from flows.figures import heatmap
@@ -108,6 +109,7 @@ class Workbench:
         self.chain: list[Entry] = []
         self.skipped: list[Skipped] = []
         self._work: Work | None = None
+        self._costs = Costs()
 
     # Before the first task
 
@@ -252,6 +254,8 @@ class Workbench:
         named = {f"method.{key}": value for key, value in method.items()}
         named |= {f"training.{key}": value for key, value in self._training().items()}
         named |= {f"evaluation.{key}": value for key, value in self._evaluation().items()}
+        # What chance gives, for whoever reads MLflow alone.
+        named |= {f"majority.{task.name}": task.majority for task in self.tasks if task.majority is not None}
         return named | {
             "stream": self.config.stream,
             "model.name": self.config.model.name,
@@ -262,13 +266,14 @@ class Workbench:
 
     def _tags(self) -> dict[str, str]:
         versions = {f"neft.version.{name}": number for name, number in library_versions().items()}
-        return versions | {
+        known = {
             "neft.stream": self.config.stream,
             "neft.seed": str(self.config.seed),
             "neft.base_model": self.base,
             "neft.config_digest": self.config_digest,
             "neft.prefect_flow_run": self.flow_run_id or "",
         }
+        return versions | known | self.config.tracking.tags
 
     # One task
 
@@ -319,6 +324,7 @@ class Workbench:
                 "report this as a bug"
             )
         self.chain.append(entry)
+        self._costs.training_seconds += entry.metrics.get("training_seconds", 0.0)
         self.tracker.close_recorded(entry.mlflow_run_id)
         say(f"{self._head()} recorded as {entry.reference}, not learnt again")
         return True
@@ -501,6 +507,7 @@ class Workbench:
     def _trained(self) -> None:
         work = self.work
         assert work.result is not None
+        self._costs.training_seconds += work.result.seconds
         self.state = work.state = state_digest(self.model)
         outside = work.audit.parameters_outside if work.audit is not None else 0
         audited = f", {outside:,} other parameters bit-identical" if outside else ""
@@ -655,6 +662,8 @@ class Workbench:
         for mode, matrix in self.modes.matrices.items():
             self._log_matrix(matrix, f"r_matrix_{mode}.json")
         self.tracker.log_figure(heatmap(self.matrix, f"R matrix of {self.config.stream}"), "r_matrix.png")
+        costs = self._costs.metrics(self.chain, self.baseline, len(self.tasks))
+        self.tracker.log(self.tracker.run_id, costs, len(self.tasks))
         self.tracker.tag(
             self.tracker.run_id,
             {"neft.entries": ", ".join(entry.reference for entry in self.chain)},

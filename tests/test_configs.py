@@ -24,6 +24,7 @@ ORDERS = {
     "trace": "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten",
     "glue": "cola sst2 mrpc stsb qqp mnli qnli rte",
 }
+COMPARISONS = {"forgetting-demo": "demo", "glue-claim": "glue"}
 TOP_KEYS = {"stream", "model", "tasks", "method", "training", "evaluation", "seed"}
 
 
@@ -37,7 +38,17 @@ def specs(name: str) -> list[TaskSpec]:
 
 
 def test_no_config_is_left_out() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ORDERS)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ORDERS, *COMPARISONS}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_runs_its_streams_tasks_with_three_seeds_and_tunes_every_method(name: str) -> None:
+    raw, stream = load(name), COMPARISONS[name]
+    assert (raw["compare"], raw["stream"]) == (name, f"{stream}.yaml")
+    assert len(raw["seeds"]) >= 3
+    assert set(raw["learning_rates"]) == set(raw["methods"])
+    for order in raw.get("orders", {}).values():
+        assert sorted(order) == sorted(ORDERS[stream].split())
 
 
 @pytest.mark.parametrize("name", ORDERS)
