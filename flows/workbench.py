@@ -28,6 +28,7 @@ from neft.errors import FailedError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
 from neft.guard import Guard
+from neft.harness import HarnessProbe, load_harness
 from neft.memory import Memory
 from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
@@ -40,6 +41,9 @@ from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
 from registry import Entry, NewEntry, Registry, Run
+
+#: Keys of `evaluation` that name general probes, which are known by their content instead.
+_PROBES = {"general", "general_tokens", "harness", "harness_limit", "harness_include"}
 
 
 def digest(description: Any) -> str:
@@ -77,6 +81,7 @@ class Workbench:
         self.tokenizer: PreTrainedTokenizerBase
         self.tasks: tuple[Task, ...] = ()
         self.probes: tuple[Probe, ...] = ()
+        self.harness: tuple[HarnessProbe, ...] = ()
         self.space: NeuronSpace
         self.scorer: Scorer
         self.policy: ProtectionPolicy
@@ -97,6 +102,7 @@ class Workbench:
         start = time.perf_counter()
         self.tasks = tuple(load_task(spec, self.config.seed) for spec in self.config.tasks)
         self.probes = load_probes(self.config.evaluation)
+        self.harness = load_harness(self.config.evaluation)
         self.scorer = build("scorer", SCORERS, self.config.method.scorer)
         self.policy = build("protection policy", POLICIES, self.config.method.protection)
         chosen = self.config.method.baseline
@@ -139,7 +145,7 @@ class Workbench:
                 "method": self._method_identity(),
                 "training": self._training(),
                 "evaluation": self._evaluation(),
-                "probes": [probe.fingerprint for probe in self.probes],
+                "probes": [probe.fingerprint for probe in (*self.probes, *self.harness)],
                 "seed": self.config.seed,
             }
         )
@@ -160,7 +166,7 @@ class Workbench:
         return self.config.training.model_dump(mode="json")
 
     def _evaluation(self) -> dict[str, Any]:
-        return self.config.evaluation.model_dump(mode="json", exclude={"general", "general_tokens"})
+        return self.config.evaluation.model_dump(mode="json", exclude=_PROBES)
 
     def open_run(self) -> bool:
         """Begin this run, or go on with it where it stopped; False when it is finished already."""
@@ -400,14 +406,20 @@ class Workbench:
         learnt = len(self.matrix.rows)
         row = [self._measured(task.name, task.metric, task.eval_fingerprint, self._score(task)) for task in self.tasks]
         probes = {
-            probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe))
+            f"perplexity/{probe.name}": self._measured(
+                probe.name, "perplexity", probe.fingerprint, self._perplexity(probe)
+            )
             for probe in self.probes
+        }
+        probes |= {
+            f"harness/{probe.name}": self._measured(probe.name, "harness", probe.fingerprint, self._harness(probe))
+            for probe in self.harness
         }
         self.matrix = self.matrix.with_row(row)
         self.general.append(probes)
         shown = {f"{task.metric}/{task.name}": score for task, score in zip(self.tasks, row, strict=True)}
         shown |= {f"continual/{name}": value for name, value in self.metrics().items()}
-        shown |= {f"perplexity/{name}": value for name, value in probes.items()}
+        shown |= probes
         self.tracker.log_row(shown, learnt)
         self.run = self.registry.update_run(self.run.id, matrix=self.matrix.to_dict(), metrics=self.metrics())
         scores = ", ".join(f"{task.name} {score:.3f}" for task, score in zip(self.tasks, row, strict=True))
@@ -422,6 +434,9 @@ class Workbench:
 
     def _perplexity(self, probe: Probe) -> Callable[[], tuple[float, int]]:
         return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens)
+
+    def _harness(self, probe: HarnessProbe) -> Callable[[], tuple[float, int]]:
+        return lambda: probe.accuracy(self.model, self.tokenizer)
 
     def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], tuple[float, int]]) -> float:
         """A score of this very state on this very data: measured, unless this run did so before it was interrupted."""
@@ -445,7 +460,7 @@ class Workbench:
     def metrics(self) -> dict[str, float]:
         """The continual-learning metrics so far, by the names in `neft.forgetting.FORMULAS`."""
         found = self.matrix.metrics()
-        if self.probes and len(self.general) > 1:
+        if (self.probes or self.harness) and len(self.general) > 1:
             found["general_delta"] = general_delta(self.general[0], self.general[-1])
         return found
 
