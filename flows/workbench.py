@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from flows.config import StreamConfig
 from flows.figures import heatmap
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
+from flows.transferring import Transferring
 from neft.audit import Audit, AuditResult, base_fingerprint, state_digest
 from neft.baselines import BASELINES, Baseline
 from neft.encoding import batches, tokenizer_fingerprint
@@ -33,7 +34,7 @@ from neft.memory import Memory
 from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
-from neft.protection import POLICIES, Learnt, ProtectionPolicy
+from neft.protection import POLICIES, Candidates, Learnt, ProtectionPolicy
 from neft.scoring import SCORERS, Scorer, Scores
 from neft.selection import Selection, select
 from neft.strategies import build, contents
@@ -41,6 +42,7 @@ from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
 from registry import Entry, NewEntry, Registry, Run
+from registry.proposals import eligible
 
 #: Keys of `evaluation` that name general probes, which are known by their content instead.
 _PROBES = {"general", "general_tokens", "harness", "harness_limit", "harness_include"}
@@ -61,6 +63,9 @@ class Work:
     run_id: str = ""
     scores: Scores | None = None
     selection: Selection | None = None
+    candidates: Candidates | None = None
+    begun_from: Overlay | None = None
+    transfer: Mapping[str, Any] | None = None
     overlay: Overlay | None = None
     audit: AuditResult | None = None
     memory: Memory | None = None
@@ -92,6 +97,7 @@ class Workbench:
         self.run: Run
         self.matrix: AccuracyMatrix
         self.general: list[dict[str, float]] = []
+        self.sources: Sequence[Entry] = ()
         self.chain: list[Entry] = []
         self._work: Work | None = None
 
@@ -145,7 +151,7 @@ class Workbench:
                 "method": self._method_identity(),
                 "training": self._training(),
                 "evaluation": self._evaluation(),
-                "probes": [probe.fingerprint for probe in (*self.probes, *self.harness)],
+                "probes": [probe.fingerprint for probe in self.probes] + [probe.fingerprint for probe in self.harness],
                 "seed": self.config.seed,
             }
         )
@@ -185,6 +191,7 @@ class Workbench:
         left = self.registry.unfinished_run(stream, identity)
         if left is not None:
             say(f"going on with run {left.id} of stream {stream!r}, which stopped before its end")
+        last = self._find_sources(left)
         # The registry comes first: an MLflow run that it does not know would stay open for ever.
         self.run = left or self.registry.start_run(
             stream=stream,
@@ -200,10 +207,19 @@ class Workbench:
             self.run.id,
             status="running",
             mlflow_run_id=run_id,
-            tracking={"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id},
+            tracking={"uri": self.tracker.uri, "experiment_id": self.tracker.experiment_id, "last_entry": last},
             prefect_flow_run_id=self.flow_run_id,
         )
         return True
+
+    def _find_sources(self, left: Run | None) -> int:
+        """Find the entries that tasks may start from; the id of the last that was there when the run first began."""
+        known = (left.tracking or {}) if left is not None else {}
+        last: int = known.get("last_entry", max((entry.id for entry in self.registry.list()), default=0))
+        source = self.config.method.transfer.source
+        if source != "none":
+            self.sources = eligible(self.registry, self.config.stream, self.base, self.space, last, source)
+        return last
 
     def _params(self) -> dict[str, Any]:
         method = self._method()
@@ -250,6 +266,8 @@ class Workbench:
             "training": self._training(),
             "seed": self.config.seed,
         }
+        if self.sources:
+            inputs["sources"] = [entry.input_digest for entry in self.sources]
         self._work = Work(position, task, digest(inputs))
 
     def recall(self) -> bool:
@@ -315,9 +333,11 @@ class Workbench:
         work = self.work
         assert work.scores is not None
         earlier = self._earlier()
-        found = self.policy.candidates(work.scores, earlier, self.reserved)
+        found = work.candidates = self.policy.candidates(work.scores, earlier, self.reserved)
         method = self.config.method
         work.selection = select(found.scores, method.budget, method.selection, found.free, found.when_full, found.lent)
+        if method.transfer.source != "none":
+            self._transfer()
         neurons = work.selection.neurons
         for note in work.selection.notes:
             say(f"{self._head()} {note}")
@@ -334,6 +354,31 @@ class Workbench:
             f"({neurons.parameter_fraction:.1%} of the model's parameters)"
         )
 
+    def _transfer(self) -> None:
+        """Let the registry propose what to start from, and a short probe decide."""
+        work, method = self.work, self.config.method
+        assert work.scores is not None and work.selection is not None and work.candidates is not None
+        seed = self._task_seed(work.task)
+        transferring = Transferring(
+            self.registry, self.sources, method.transfer, method.budget, method.selection, self.config.training, seed
+        )
+        earlier = self._earlier()
+        begun = transferring.begin(
+            self.model,
+            self.tokenizer,
+            work.task,
+            work.scores,
+            work.selection,
+            work.candidates,
+            self.chain,
+            lambda neurons: self.policy.guard(self.model, neurons, earlier),
+        )
+        work.selection, work.begun_from, work.transfer = begun.start.selection, begun.start.rows, begun.evidence
+        losses = begun.evidence.get("held_out_losses", {})
+        self.tracker.log(work.run_id, {f"transfer/{name.replace('@', '.')}": loss for name, loss in losses.items()}, 0)
+        self.tracker.tag(work.run_id, {"neft.transfer": f"{begun.start.kind} {begun.start.source or ''}".strip()})
+        say(f"{self._head()} {begun.line}")
+
     def _earlier(self) -> list[Learnt]:
         """The tasks learnt so far, as a protection policy sees them."""
         return [
@@ -347,7 +392,10 @@ class Workbench:
         assert work.selection is not None
         neurons = work.selection.neurons
         guard = self.policy.guard(self.model, neurons, self._earlier())
+        before = Overlay.read(self.model, neurons)
         audit = Audit(self.model, neurons)
+        if work.begun_from is not None:
+            work.begun_from.lay_on(self.model)
         peft_model = get_peft_model(self.model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         tuner = cast(NeftModel, peft_model.base_model)
         try:
@@ -355,7 +403,7 @@ class Workbench:
             work.overlay = tuner.overlay(neurons)
         finally:
             self.model = cast(PreTrainedModel, tuner.unload())
-        before = work.overlay.lay_on(self.model)
+        work.overlay.lay_on(self.model)
         work.audit = audit.compare(self.model)
         if not work.audit.identical:
             before.lay_on(self.model)
@@ -497,6 +545,7 @@ class Workbench:
                         "training_loss": work.result.loss,
                         "training_seconds": work.result.seconds,
                         "training_steps": work.result.steps,
+                        "transfer": work.transfer,
                         "selection_notes": list(work.selection.notes),
                         "capacity": {name: list(free) for name, free in work.selection.capacity.items()},
                     },
