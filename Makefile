@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo demo-compare demo-data test test-slow test-quantised lint docs
+.PHONY: help demo demo-compare demo-data test test-slow test-quantised test-harness lint docs
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test          lint, types and the fast tests"
 	@echo "make test-slow     the tests on the real model and data"
 	@echo "make test-quantised  the tests on quantised base models (bitsandbytes, torchao)"
+	@echo "make test-harness  the tests of the LM Evaluation Harness as a general probe"
 	@echo "make docs          write the generated pages of docs/ anew"
 
 # pip, not uv: it finds a torch wheel that the machine may hold on disk. Every version is pinned in constraints.txt.
@@ -48,6 +49,13 @@ test-quantised: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
 		--target .venv/quantised bitsandbytes torchao
 	PYTHONPATH=.venv/quantised $(BIN)/pytest tests/neft/test_quantised.py
+
+# In a folder of their own too, so that the other tests show what is done without them.
+test-harness: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+		--target .venv/harness lm-eval evaluate sacrebleu pytablewriter sqlitedict word2number more-itertools \
+		dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet portalocker tabulate lxml
+	PYTHONPATH=.venv/harness $(BIN)/pytest tests/neft/test_harness.py
 
 docs: $(INSTALLED)
 	$(BIN)/python -m flows.reference docs/config.md

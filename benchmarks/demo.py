@@ -18,7 +18,6 @@ from flows.figures import heatmap
 from flows.home import Home
 from flows.report import as_json, matrix_of
 from flows.tracking import library_versions
-from neft.forgetting import FORMULAS
 from registry import Registry
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +91,8 @@ def _matrix(run: dict[str, Any]) -> list[str]:
 def _metrics(runs: list[dict[str, Any]]) -> list[str]:
     lines = ["## Metrics", "", "| metric | " + " | ".join(f"`{run['stream']}`" for run in runs) + " | formula |"]
     lines.append("|---|" + "---|" * len(runs) + "---|")
-    for name, formula in FORMULAS.items():
+    # The formulas as they were when the runs were recorded.
+    for name, formula in runs[0]["formulas"].items():
         values = [run["metrics"].get(name) for run in runs]
         if any(value is not None for value in values):
             shown = " | ".join("-" if value is None else f"{value:+.3f}" for value in values)

