@@ -17,7 +17,7 @@ from neft.strategies import check_count, check_positive
 
 @dataclass(frozen=True)
 class OrthogonalLora(Baseline):
-    """O-LoRA (arXiv 2310.14152, eq. 7-8): `weight` * sum of abs(A_old A_new^T) is added to the loss.
+    """O-LoRA (arXiv 2310.14152): `weight` * sum of abs(A_old A_new^T), as in its authors' code, is added to the loss.
 
     A_old (rows of all earlier tasks, in) and A_new (r, in) are the matrices of each linear layer; `weight` is the
     paper's lambda_1, and its default the authors'. Each LoRA is merged after its task, which computes the same as

@@ -128,8 +128,8 @@ def test_a_state_that_scores_otherwise_when_it_is_checked_out_fails_the_run(
 ) -> None:
     real: Callable[..., None] = workbench.prove
 
-    def careless(states, entries, expected, measure):  # type: ignore[no-untyped-def] # stands in for `prove`
-        real(states, entries, expected, lambda place: [1 - value for value in measure(place)])
+    def careless(states: States, entries: Any, measure: Callable[[Entry], list[float]]) -> None:
+        real(states, entries, lambda entry: [1 - value for value in measure(entry)])
 
     monkeypatch.setattr(workbench, "prove", careless)
     with pytest.raises(FailedError, match=r"colours@1, checked out, scores .* when it was learnt"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neft import NeuronSet, NeuronSpace, Overlay
-from neft.audit import Audit, base_fingerprint, state_digest
+from neft.audit import Audit, WeightAudit, base_fingerprint, state_digest, trained_weights
 from neft.neurons import KINDS, Kind
 from tests.neft.helpers import draw, state
 from tests.tiny import FAMILIES, tiny_model
@@ -171,3 +171,18 @@ def test_the_identity_of_a_base_is_its_weights_and_config(tmp_path: Any) -> None
     assert base_fingerprint(model) == identity
     model.config.rms_norm_eps *= 2
     assert base_fingerprint(model) != identity
+
+
+def test_one_flipped_bit_of_a_weight_that_is_not_trained_is_noticed() -> None:
+    model = tiny_model("gpt2").requires_grad_(False)
+    # Tied to the head, whose name comes first in the audit.
+    model.transformer.wte.weight.requires_grad_(True)
+    trained, audit = trained_weights(model), WeightAudit(model)
+    assert trained == {"transformer.wte.weight", "lm_head.weight"}
+    flip(model.lm_head.weight, 0, 0)
+    assert audit.compare(model, trained).identical
+    flip(model.transformer.h[0].mlp.c_fc.bias, 5)
+    found = audit.compare(model, trained)
+    assert not found.identical and found.changed == ("transformer.h.0.mlp.c_fc.bias",)
+    unique = sum(weight.numel() for weight in model.parameters())
+    assert found.parameters_outside == unique - model.lm_head.weight.numel()
