@@ -1,51 +1,43 @@
-"""Rehearsal: which examples of a task are kept, and how those of earlier tasks are mixed among a new one's."""
+"""Rehearsal: which examples of a learnt task are kept, and how they are mixed into what a later task is trained on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, cycle, islice, zip_longest
-from typing import Any, TypeVar
 
-from neft.tasks import Example
+from neft.guard import Guard
+from neft.tasks import Example, Task
 
-_T = TypeVar("_T")
+#: As many old examples as new ones in a step: experience replay with a tiny memory (arXiv 1902.10486).
+SHARE = 0.5
 
 
-def drawn(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    """At most `count` examples, drawn by the seed; as many of each completion as there are, in turn.
+def kept(task: Task, count: int, seed: int) -> tuple[Example, ...]:
+    """`count` of a task's training examples, or all if there are no more, drawn by the seed.
 
-    Every beginning of them is balanced too. Where each example has a completion of its own, it is a plain sample.
+    Those of a classification are balanced over its completions, as far as its data go.
     """
-    shuffled = random.Random(seed).sample(examples, len(examples))
-    by_completion: dict[str, list[Example]] = {}
-    for example in shuffled:
-        by_completion.setdefault(example.completion, []).append(example)
-    return tuple(_in_turn(list(by_completion.values()))[:count])
+    drawn = random.Random(seed).sample(task.train, len(task.train))
+    if not task.completions:
+        return tuple(drawn[:count])
+    by_completion = [[example for example in drawn if example.completion == text] for text in task.completions]
+    turns = chain.from_iterable(zip_longest(*by_completion))
+    return tuple(islice((example for example in turns if example is not None), count))
 
 
-def mixed(buffers: Sequence[Sequence[Example]], count: int, share: float) -> tuple[Example, ...]:
-    """What of the buffers, one an earlier task, makes up `share` of all examples beside `count` new ones.
+@dataclass(frozen=True)
+class Rehearsal(Guard):
+    """Mixes in what was kept of earlier tasks (one or more examples of each), so that `share` of all rows are old.
 
-    The buffers come in turn, each from its beginning, and again from there when all are used up.
+    Each task is rehearsed as often as the others, and each of its examples as often as the rest.
     """
-    wanted = round(count * share / (1 - share))
-    return tuple(islice(cycle(_in_turn(buffers)), wanted))
 
+    kept: tuple[tuple[Example, ...], ...]
+    share: float = SHARE
 
-def _in_turn(groups: Sequence[Sequence[_T]]) -> list[_T]:
-    """The first of each group, then the second of each that has one, and so on."""
-    return [each for each in chain.from_iterable(zip_longest(*groups)) if each is not None]
-
-
-def described(examples: Sequence[Example]) -> dict[str, Any]:
-    """Examples as JSON."""
-    return {"examples": [[example.prompt, example.completion] for example in examples]}
-
-
-def read(description: Mapping[str, Any]) -> tuple[Example, ...]:
-    """The examples that `described` has written."""
-    return tuple(
-        Example(prompt if isinstance(prompt, str) else tuple(prompt), completion)
-        for prompt, completion in description["examples"]
-    )
+    def rehearsed(self, count: int) -> Sequence[Example]:
+        wanted = round(count * self.share / (1 - self.share))
+        turns = zip(*(cycle(examples) for examples in self.kept), strict=True)
+        return tuple(islice(chain.from_iterable(turns), wanted))

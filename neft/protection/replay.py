@@ -16,7 +16,7 @@ from neft.neurons import NeuronSet
 from neft.protection.exclude import Exclude
 from neft.protection.none import Unprotected
 from neft.protection.policy import Candidates, Learnt, ProtectionPolicy
-from neft.rehearsal import described, drawn, mixed, read
+from neft.rehearsal import Rehearsal, kept
 from neft.scoring.scores import Scores
 from neft.strategies import check_count, check_fraction
 from neft.tasks import Example, Task
@@ -49,8 +49,7 @@ class Replay(ProtectionPolicy):
 
     def guard(self, model: nn.Module, neurons: NeuronSet, earlier: Sequence[Learnt]) -> Guard | None:
         memories = [learnt.memory for learnt in earlier if learnt.memory and learnt.memory.policy == self.name]
-        buffers = [read(memory.description) for memory in memories]
-        return _Rehearsing(buffers, self.share) if buffers else None
+        return Rehearsal(tuple(map(_read, memories)), self.share) if memories else None
 
     def remember(
         self,
@@ -61,15 +60,13 @@ class Replay(ProtectionPolicy):
         max_length: int,
         seed: int,
     ) -> Memory | None:
-        return Memory(self.name, {}, described(drawn(task.train, self.examples, seed)))
+        examples = [[example.prompt, example.completion] for example in kept(task, self.examples, seed)]
+        return Memory(self.name, {}, {"examples": examples})
 
 
-@dataclass(frozen=True)
-class _Rehearsing(Guard):
-    """Trains on the examples of `buffers`, one an earlier task, among the new ones."""
-
-    buffers: Sequence[Sequence[Example]]
-    share: float
-
-    def rehearsed(self, count: int) -> Sequence[Example]:
-        return mixed(self.buffers, count, self.share)
+def _read(memory: Memory) -> tuple[Example, ...]:
+    """The examples that a memory keeps; a chat's prompt is a list of messages."""
+    return tuple(
+        Example(prompt if isinstance(prompt, str) else tuple(prompt), completion)
+        for prompt, completion in memory.description["examples"]
+    )

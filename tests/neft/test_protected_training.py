@@ -25,7 +25,6 @@ from neft.protection import POLICIES, Learnt, ProtectionPolicy
 from neft.protection.distill import Distill
 from neft.protection.replay import Replay
 from neft.protection.soft import Soft
-from neft.rehearsal import drawn, mixed
 from neft.scoring import SCORERS, Scores
 from neft.scoring.keystone import Keystone
 from neft.scoring.similarity import Similarity
@@ -218,20 +217,6 @@ def test_replay_without_a_memory_of_its_own_rehearses_nothing(space: NeuronSpace
     foreign = Memory("subspace", {"a": torch.zeros(3)})
     earlier = [Learnt("a", space.none()), Learnt("b", space.none(), None, foreign)]
     assert Replay().guard(tiny_model(), space.none(), earlier) is None
-
-
-def test_a_sample_is_balanced_over_completions_from_its_beginning_on() -> None:
-    rows = [Example(str(place), "abc"[min(place // 2, 2)]) for place in range(30)]
-    for count in (3, 6):
-        assert set(Counter(row.completion for row in drawn(rows, count, 0)).values()) == {count // 3}
-    assert Counter(row.completion for row in drawn(rows, 10, 0)) == {"a": 2, "b": 2, "c": 6}
-    assert sorted(drawn(rows, 99, 0), key=lambda row: int(row.prompt)) == rows
-
-
-def test_tasks_are_rehearsed_in_turn_and_again_when_there_are_too_few() -> None:
-    first, second = ([Example(f"{name}{place}", "x") for place in range(3)] for name in "ab")
-    assert [each.prompt for each in mixed([first, second[:1]], 12, 1 / 3)] == ["a0", "b0", "a1", "a2", "a0", "b0"]
-    assert mixed([first], 12, 0.01) == ()
 
 
 # Distillation
