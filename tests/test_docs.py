@@ -17,8 +17,11 @@ PREAMBLES = {
     "docs/guides/train-with-peft.md": "",
     "docs/extending.md": """
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 import torch
+from neft.guard import Guard
+from neft.protection import Candidates, ProtectionPolicy
 from neft.scoring import Scores
 from neft.scoring.taps import run_tapped
 """,
@@ -40,6 +43,16 @@ model = tiny_model()
 space = NeuronSpace.from_model(model)
 scores = Loudest().score(model, None, space, [batch(model)], seed=0)
 assert all((values > 0).all() for values in scores.values.values())
+from neft import NeuronSet
+from neft.protection import Learnt
+site = space.sites[0]
+neurons, earlier = (NeuronSet(space, {site.name: each}) for each in (range(8), range(4)))
+assert Slow().candidates(scores, [], space.none()).free == space.all()
+assert Slow().guard(model, neurons, []) is None
+limits = Slow().guard(model, neurons, [Learnt("before", earlier)]).limits()
+for module, limit in limits.items():
+    change = limit(torch.ones(8, 3))
+    assert change[:, 0].tolist() == torch.tensor([0.1] * 4 + [1.0] * 4).tolist()
 """,
     "README.md": "assert peft_model.num_parameters(only_trainable=True) == 103 * 3 * 32",
 }

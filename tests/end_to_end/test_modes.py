@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ from flows.report import as_json, modes_of
 from neft.errors import FailedError
 from neft.evaluation import Score, evaluate
 from neft.models import load_base
+from neft.states import States
 from neft.tasks import load_task
+from registry import Entry
 from tests.command import Neft
 from tests.learnt import Learnt, learn
 from tests.tiny import write_stream

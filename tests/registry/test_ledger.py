@@ -86,6 +86,8 @@ def test_the_newest_run_and_the_streams(registry):
     start(registry, stream="another")
 
     assert registry.newest_run("demo") == newest
+    assert [run.id for run in registry.runs("demo")] == [1, newest.id]
+    assert registry.runs("unheard") == []
     assert registry.streams() == ["another", "demo"]
     with pytest.raises(InputError, match="did you mean 'demo'"):
         registry.newest_run("dmo")
