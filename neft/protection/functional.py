@@ -32,10 +32,11 @@ class Functional(Exclude):
 
     Of each learnt task a summary is kept: the leading directions of what the modules read at `tokens` tokens of
     `examples` training examples, as many as carry `energy` of it and as fit in `memory` of the overlay's bytes, and how
-    strongly each neuron fires. What a new task changes in a module must be across them: of a row's change, the whole
-    input's directions; of the chosen columns together, the directions in which those neurons fire. Gradients are
-    projected (GPM, arXiv 2103.09762), and so is every optimiser step, since an adaptive step leaves the space again. Of
-    any input's directions at most `closed` are closed, those with most energy, so that there is always room to learn.
+    strongly each neuron fires. What a new task changes in a module must be across the leading directions that carry
+    `energy` of what was kept: of a row's change, the whole input's directions; of the chosen columns together, the
+    directions in which those neurons fire. A column whose neuron fires outside of them moves the less the louder it
+    does. Gradients are projected (GPM, arXiv 2103.09762), and so is every optimiser step, since an adaptive step leaves
+    the space again. Of any input's directions at most `closed` are closed, so that there is always room to learn.
 
     What the untouched model does is protected like a first task: `general` texts that it writes itself, drawn by the
     stream's seed, stand for it. With 0 it is not protected.
@@ -81,19 +82,22 @@ class Functional(Exclude):
             groups = tuple(memory.description["groups"][module] for memory in known)
             if not known:
                 continue
+            parts = [_read(memory, group).rows for memory, group in zip(known, groups, strict=True)]
             if chosen.side == "column":
                 index = torch.from_numpy(chosen.positions.copy())
-                parts = [_of_columns(memory, group, index) for memory, group in zip(known, groups, strict=True)]
-                found[module] = Closed("column", self._leading(torch.cat(parts), None))
+                scale = _silence(
+                    [_unexplained(memory, group)[index] for memory, group in zip(known, groups, strict=True)]
+                )
+                found[module] = Closed("column", self._leading([part[:, index] for part in parts]), scale)
                 continue
             if groups not in shared:
-                parts = [_read(memory, group).rows for memory, group in zip(known, groups, strict=True)]
-                shared[groups] = self._leading(torch.cat(parts), float(len(parts)))
+                shared[groups] = self._leading(parts)
             found[module] = Closed("row", shared[groups])
         return found
 
-    def _leading(self, rows: torch.Tensor, total: float | None) -> torch.Tensor:
-        return leading(rows, self.energy, int(self.closed * rows.shape[1]), total).basis.float()
+    def _leading(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.cat(list(parts))
+        return leading(rows, self.energy, int(self.closed * rows.shape[1])).basis.float()
 
     def remember(
         self,
@@ -133,14 +137,20 @@ class Functional(Exclude):
 
 @dataclass(frozen=True)
 class Closed:
-    """Orthonormal directions (r, n): of a module's input, for its rows; among its chosen columns, for columns."""
+    """Orthonormal directions (r, n): of a module's input, for its rows; among its chosen columns, for columns.
+
+    `scale` (k,), in (0, 1], is how much of each row's or column's change is kept before that.
+    """
 
     side: Side
     basis: torch.Tensor
+    scale: torch.Tensor | None = None
 
     def limit(self, change: torch.Tensor) -> torch.Tensor:
         """The change (k, d) of rows or columns, without its part along the directions."""
         basis, values = self.basis.to(change.device), change.float()
+        if self.scale is not None:
+            values = values * self.scale.to(change.device)[:, None]
         along = (values @ basis.T) @ basis if self.side == "row" else basis.T @ (basis @ values)
         return (values - along).to(change.dtype)
 
@@ -161,14 +171,16 @@ def _read(memory: Memory, group: str) -> Directions:
     return Directions(basis, energy, memory.description["totals"][group])
 
 
-def _of_columns(memory: Memory, group: str, index: torch.Tensor) -> torch.Tensor:
-    """Rows (n, k) with the second moments of the input's columns `index` (k,).
+def _unexplained(memory: Memory, group: str) -> torch.Tensor:
+    """Energy (in,) of each channel that the kept directions miss, over a channel's mean energy."""
+    energy = memory.tensors[f"{group}/channels"].double()
+    missed = energy / memory.description["totals"][group] - _read(memory, group).rows.square().sum(0)
+    return missed.clamp_min(0) * len(energy)
 
-    What the kept directions miss of a column's energy counts as if it varied by itself.
-    """
-    rows = _read(memory, group).rows[:, index]
-    energy = memory.tensors[f"{group}/channels"].double()[index] / memory.description["totals"][group]
-    return torch.cat([rows, (energy - rows.square().sum(0)).clamp_min(0).sqrt().diag()])
+
+def _silence(unexplained: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How silent each neuron is on what earlier tasks do outside of the closed directions: 1 if it never fires there."""
+    return (1 / (1 + torch.stack(list(unexplained)).amax(0))).float()
 
 
 def _most(width: int, groups: int, bytes_left: int | None) -> int:
