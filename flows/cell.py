@@ -19,8 +19,6 @@ FAILED = "failed: "
 def main() -> int:
     """Learn each stream; what fails is said in a line of its own, and the next one is learnt."""
     silence_telemetry()
-    # The comparison says that it was stopped; a report to its server, which ends too, would wait for minutes.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     code = 0
     for path in sys.argv[1:]:
         try:
@@ -32,4 +30,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # The comparison says that it was stopped; a report to its server, which ends too, would wait for minutes.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.exit(main())

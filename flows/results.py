@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,6 +60,8 @@ def read_results(experiment: str, uri: str) -> list[Result]:
         InputError: no such experiment, or nothing in it belongs to a comparison.
         FailedError: MLflow failed.
     """
+    # A bar for each of a hundred small files would bury the report.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
