@@ -88,7 +88,7 @@ class Functional(Exclude):
                 scale = _silence(
                     [_unexplained(memory, group)[index] for memory, group in zip(known, groups, strict=True)]
                 )
-                found[module] = Closed("column", self._leading([part[:, index] for part in parts]), scale)
+                found[module] = Closed("column", self._leading([part[:, index] for part in parts]), _silence(missed))
                 continue
             if groups not in shared:
                 shared[groups] = self._leading(parts)
@@ -179,7 +179,7 @@ def _unexplained(memory: Memory, group: str) -> torch.Tensor:
 
 
 def _silence(unexplained: Sequence[torch.Tensor]) -> torch.Tensor:
-    """How silent each neuron is on what earlier tasks do outside of the closed directions: 1 if it never fires there."""
+    """How silent each neuron is outside of the directions that earlier tasks keep: 1 where it never fires."""
     return (1 / (1 + torch.stack(list(unexplained)).amax(0))).float()
 
 
