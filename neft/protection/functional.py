@@ -85,9 +85,7 @@ class Functional(Exclude):
             parts = [_read(memory, group).rows for memory, group in zip(known, groups, strict=True)]
             if chosen.side == "column":
                 index = torch.from_numpy(chosen.positions.copy())
-                scale = _silence(
-                    [_unexplained(memory, group)[index] for memory, group in zip(known, groups, strict=True)]
-                )
+                missed = [_unexplained(memory, group)[index] for memory, group in zip(known, groups, strict=True)]
                 found[module] = Closed("column", self._leading([part[:, index] for part in parts]), _silence(missed))
                 continue
             if groups not in shared:
