@@ -26,7 +26,12 @@ ORDERS = {
     "trace": "C-STANCE FOMC MeetingBank Py150 ScienceQA NumGLUE-cm NumGLUE-ds 20Minuten",
     "glue": "cola sst2 mrpc stsb qqp mnli qnli rte",
 }
-COMPARISONS = {"forgetting-demo": "demo", "glue-claim": "glue"}
+COMPARISONS = {
+    "forgetting-demo": "demo",
+    "forgetting-demo-more": "demo",
+    "forgetting-ten": "demo-ten",
+    "glue-claim": "glue",
+}
 TOP_KEYS = {"stream", "model", "tasks", "method", "training", "evaluation", "seed"}
 
 

@@ -82,11 +82,13 @@ def test_a_new_task_changes_rows_across_earlier_inputs_alone(family: str) -> Non
     assert changes
     for module, change in changes.items():
         group = first.memory.description["groups"][module]
-        basis = first.memory.tensors[f"{group}/basis"].float()
-        most = int(policy.closed * basis.shape[1])
+        basis, energy = (first.memory.tensors[f"{group}/{name}"].float() for name in ("basis", "energy"))
+        closed = int((energy.cumsum(0) < policy.energy * energy.sum()).sum()) + 1
+        most = min(closed, int(policy.closed * basis.shape[1]))
         assert change.norm() > 1e-3
         # Halves are kept, so that a direction is off by a thousandth.
         assert (change @ basis[:most].T).norm() < 0.01 * change.norm()
+        assert (change @ basis[most:].T).norm() > 0.01 * change.norm() or len(basis) == most
 
 
 def test_outputs_on_earlier_inputs_move_by_less_than_the_bound() -> None:
@@ -103,7 +105,8 @@ def test_outputs_on_earlier_inputs_move_by_less_than_the_bound() -> None:
     for name, change in row_changes(model, before, later.neurons).items():
         if name in names:
             moved = float((seen @ change.double().T).square().sum())
-            assert 0 < moved <= 1.02 * float(torch.linalg.matrix_norm(change, 2)) ** 2 * 0.05 * total
+            open_energy = (1 - policy.energy**2) * total  # of what is kept, as much again is closed
+            assert 0 < moved <= 1.02 * float(torch.linalg.matrix_norm(change, 2)) ** 2 * open_energy
 
 
 def test_earlier_answers_move_less_than_under_exclusion() -> None:
