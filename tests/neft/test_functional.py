@@ -218,7 +218,26 @@ def test_chosen_columns_do_not_change_along_what_earlier_tasks_fire() -> None:
     limited = guard.limits()[name](change)
     assert (fired @ limited).square().sum() < 0.05 * (fired @ change).square().sum()
     assert limited.norm() > 0.2 * change.norm()
-    assert torch.allclose(guard.limits()[name](limited), limited, atol=1e-5)
+    assert (guard.closed[name].basis @ limited).norm() < 1e-4 * limited.norm()
+
+
+def test_a_column_moves_the_less_the_louder_its_neuron_is_outside_of_what_is_closed() -> None:
+    model, policy = tiny_model(), Functional(general=0, energy=0.5, memory=0.1)
+    first = learn(model, policy, FIRST, [])
+    neurons, _ = chosen(model, policy, SECOND, [first])
+    guard = policy.guard(model, neurons, [first])
+    assert guard is not None
+    name = "model.layers.0.mlp.down_proj"
+    assert first.memory is not None
+    heard = first.memory.tensors[f"{name}/channels"].float()[torch.from_numpy(neurons.rows()[name].positions.copy())]
+    basis = first.memory.tensors[f"{name}/basis"].float()
+    energy = first.memory.tensors[f"{name}/energy"]
+    kept = ((basis * energy[:, None].sqrt()) ** 2).sum(0)[torch.from_numpy(neurons.rows()[name].positions.copy())]
+    mean = first.memory.tensors[f"{name}/channels"].float().sum() / 64
+    scale = guard.closed[name].scale
+    assert scale is not None
+    assert torch.allclose(scale, 1 / (1 + (heard - kept).clamp_min(0) / mean), rtol=0.01)
+    assert 0 < float(scale.min()) < float(scale.max()) <= 1
 
 
 @pytest.mark.parametrize("rows", [3, 20])
