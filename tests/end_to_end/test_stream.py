@@ -11,8 +11,9 @@ import torch
 from filelock import FileLock
 from mlflow.entities import ViewType
 
-from flows import workbench
+from flows import learning
 from flows.home import Home
+from flows.workbench import Workbench
 from neft.audit import AuditResult, state_digest
 from neft.errors import FailedError
 from neft.evaluation import EvaluationSpec, evaluate
@@ -221,7 +222,7 @@ def test_baselines_run_by_the_same_flow_and_record_no_entry(
 def test_a_failed_audit_fails_the_task_and_records_nothing_of_it(
     stream: Path, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.train
+    real = learning.train
 
     def careless(model, tokenizer, task, *rest):  # type: ignore[no-untyped-def] # stands in for `train`, whatever its types
         result = real(model, tokenizer, task, *rest)
@@ -230,7 +231,7 @@ def test_a_failed_audit_fails_the_task_and_records_nothing_of_it(
                 model.get_base_model().model.norm.weight[0] += 1e-3
         return result
 
-    monkeypatch.setattr(workbench, "train", careless)
+    monkeypatch.setattr(learning, "train", careless)
     with pytest.raises(FailedError, match=r"failed its audit.*model\.norm\.weight"):
         learn(stream, tmp_path)
     with closing(Registry.open(Home(tmp_path).registry)) as registry:
@@ -270,14 +271,14 @@ def test_an_audit_result_of_a_good_task_counts_what_it_compared(learnt: Learnt) 
 def test_an_interrupted_task_leaves_no_torn_run_behind(
     stream: Path, tmp_path: Path, learnt: Learnt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.Workbench.record
+    real = Workbench.record
 
-    def interrupted(self: workbench.Workbench) -> None:
+    def interrupted(self: Workbench) -> None:
         if self.work.task.name == "places":
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(workbench.Workbench, "record", interrupted)
+    monkeypatch.setattr(Workbench, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(stream, tmp_path)
     monkeypatch.undo()
