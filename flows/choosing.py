@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flows.capacity import Capacity
 from flows.identity import task_seed
 from flows.learning import Work
 from flows.setting import Setting
@@ -114,19 +115,24 @@ class Choosing:
         return replace(choice, selection=start.selection, rows=start.rows, transfer=begun.evidence)
 
     def _show(self, work: Work, selection: Selection, earlier: Sequence[Learnt]) -> None:
-        """Show the choice in MLflow, and say it."""
-        neurons = selection.neurons
+        """Show the choice, and what it leaves free, in MLflow, and say it."""
+        neurons, capacity = selection.neurons, Capacity.of(selection, self.setting.space)
+        site, share = capacity.fullest
         for note in selection.notes:
             work.say(note)
         self.tracker.log_neurons(work.run_id, neurons)
+        self.tracker.log_table(work.run_id, capacity.table(), "capacity.json")
         numbers: dict[str, float] = {
             "selection/neurons": len(neurons),
             "selection/parameters": neurons.parameters,
             "selection/free_before": selection.free,
+            "capacity/free": capacity.left,
+            "capacity/fullest_site_free": share,
         }
         numbers |= {f"selection/iou/{learnt.task}": neurons.iou(learnt.neurons) for learnt in earlier if learnt.neurons}
         self.tracker.log(work.run_id, numbers, 0)
         work.say(
             f"chose {len(neurons):,} of {selection.free:,} free neurons "
-            f"({neurons.parameter_fraction:.1%} of the model's parameters)"
+            f"({neurons.parameter_fraction:.1%} of the model's parameters); {capacity.left:,} stay free, "
+            f"in the fullest site, {site}, {share:.0%} of its own"
         )

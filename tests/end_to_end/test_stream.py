@@ -139,6 +139,29 @@ def test_mlflow_has_a_child_run_for_each_task(learnt: Learnt) -> None:
         assert kept == expected
 
 
+def test_mlflow_shows_how_free_capacity_shrinks(learnt: Learnt) -> None:
+    with learnt.registry() as registry:
+        entries = [registry.get(name) for name in NAMES]
+    for entry, left in zip(entries, (96, 64, 32), strict=True):
+        capacity, run_id = entry.metrics["capacity"], entry.mlflow_run_id or ""
+        metrics = learnt.mlflow.get_run(run_id).data.metrics
+        assert metrics["capacity/free"] == left == sum(after for _, after in capacity.values())
+        assert metrics["capacity/fullest_site_free"] == left / 128  # every site gives as many
+        table = json.loads(Path(learnt.mlflow.download_artifacts(run_id, "capacity.json")).read_text())
+        assert table["columns"] == ["site", "size", "free before", "free after"]
+        assert table["data"] == [[site, 64, *free] for site, free in capacity.items()]
+
+
+def test_what_a_policy_keeps_and_the_signatures_are_counted_apart(learnt: Learnt) -> None:
+    with learnt.registry() as registry:
+        entries = [registry.get(name) for name in NAMES]
+    costs = learnt.mlflow.get_run(learnt.run.mlflow_run_id).data.metrics
+    assert costs["cost/memory_bytes_per_task"] == 0  # `exclude` keeps nothing
+    signatures = sum(entry.signature_file.bytes for entry in entries if entry.signature_file)
+    assert costs["cost/signature_bytes_per_task"] == pytest.approx(signatures / len(NAMES))
+    assert signatures > 0
+
+
 def test_run_again_learns_nothing_and_starts_no_run(learnt: Learnt, capsys: pytest.CaptureFixture[str]) -> None:
     again = learn(learnt.config, learnt.home.path)
     assert again.run.id == learnt.run.id
