@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -22,13 +21,14 @@ from flows.costs import Costs
 from flows.courses import COURSES, Sequential
 from flows.failures import Skipped, skipped_in, with_skipped
 from flows.figures import heatmap
+from flows.identity import Base, config_digest, digest, evaluation_identity, method_identity
 from flows.modes import Modes, prove
 from flows.progress import say
 from flows.tracking import Tracker, library_versions
 from flows.transferring import Transferring
-from neft.audit import Audit, AuditResult, WeightAudit, base_fingerprint, state_digest, trained_weights
+from neft.audit import Audit, AuditResult, WeightAudit, state_digest, trained_weights
 from neft.baselines import BASELINES, Baseline
-from neft.encoding import batches, tokenizer_fingerprint
+from neft.encoding import batches
 from neft.errors import FailedError, NeftError, RecordError
 from neft.evaluation import Probe, evaluate, load_probes, perplexity
 from neft.forgetting import AccuracyMatrix, general_delta
@@ -43,21 +43,12 @@ from neft.routing import Signature
 from neft.scoring import SCORERS, Scorer, Scores
 from neft.selection import Selection, select
 from neft.states import States
-from neft.strategies import build, contents
+from neft.strategies import build
 from neft.tasks import Task, load_task
 from neft.training import TrainingResult, train
 from neft.tuner import NeftConfig, NeftModel
 from registry import Entry, Evaluation, NewEntry, Registry, Run
 from registry.proposals import eligible
-
-#: Keys of `evaluation` that name general probes, which are known by their content instead.
-_PROBES = {"general", "general_tokens", "harness", "harness_limit", "harness_include"}
-
-
-def digest(description: Any) -> str:
-    """SHA-256 of a JSON description."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
 
 #: A value, how many examples it was computed from, and what else is worth keeping.
 _Measurement = tuple[float, int, dict[str, Any]]
@@ -107,6 +98,7 @@ class Workbench:
         self.baseline: Baseline | None
         self.reserved: NeuronSet
         self.before: Learnt | None = None
+        self.identity: Base
         self.base = ""
         self.state = ""
         self.run: Run
@@ -139,7 +131,8 @@ class Workbench:
         self._load_base()
         self.config.check_lengths(getattr(self.model.config, "max_position_embeddings", None))
         self.space = NeuronSpace.from_model(self.model, self.config.method.kinds, self.config.model.neurons)
-        self.base = base_fingerprint(self.model)
+        self.identity = Base.of(self.model, self.tokenizer, self.space)
+        self.base = self.identity.model
         self.state = state_digest(self.model)
         self.course.open(self.model)
         self.matrix = AccuracyMatrix(
@@ -187,37 +180,17 @@ class Workbench:
     @property
     def config_digest(self) -> str:
         """Identity of what this run computes: by content, not by the names of files."""
-        return digest(
-            {
-                "base": self.base,
-                "space": self.space.fingerprint,
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-                "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in self.tasks],
-                "method": self._method_identity(),
-                "training": self._training(),
-                "evaluation": self._evaluation(),
-                "probes": [probe.fingerprint for probe in self.probes] + [probe.fingerprint for probe in self.harness],
-                "seed": self.config.seed,
-            }
-        )
+        probes: tuple[Probe | HarnessProbe, ...] = (*self.probes, *self.harness)
+        return config_digest(self.config, self.identity, self.tasks, self.scorer, self.policy, probes)
 
     def _method(self) -> dict[str, Any]:
         return self.config.method.model_dump(mode="json")
-
-    def _method_identity(self) -> dict[str, Any]:
-        """The method with the content of every file that a strategy reads in place of the file's name."""
-        described = self._method()
-        for key, strategy in (("scorer", self.scorer), ("protection", self.policy)):
-            if read := contents(strategy):
-                choice = described[key]
-                described[key] = ({"name": choice} if isinstance(choice, str) else choice) | read
-        return described
 
     def _training(self) -> dict[str, Any]:
         return self.config.training.model_dump(mode="json")
 
     def _evaluation(self) -> dict[str, Any]:
-        return self.config.evaluation.model_dump(mode="json", exclude=_PROBES)
+        return evaluation_identity(self.config)
 
     def open_run(self) -> bool:
         """Begin this run, or go on with it where it stopped; False when it is finished already."""
@@ -310,14 +283,12 @@ class Workbench:
         """Put a task on the bench, in place of the one before."""
         task = self.lessons[position]
         self.course.begin(self.model)
-        inputs = {
-            "base": self.base,
-            "space": self.space.fingerprint,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        inputs: dict[str, Any] = {
+            **self.identity.to_dict(),
             "parent": self.state,
             "task": task.name,
             "data": task.train_fingerprint,
-            "method": self._method_identity(),
+            "method": method_identity(self.config.method, self.scorer, self.policy),
             "training": self._training(),
             "seed": self.config.seed,
         }
