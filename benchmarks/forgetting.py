@@ -1,6 +1,8 @@
 """docs/forgetting.md, from comparisons in MLflow: `python -m benchmarks.forgetting EXPERIMENT...` reads them anew.
 
-Without experiments the page is made of `benchmarks/results/forgetting.json` alone.
+Runs that `benchmarks/results/forgetting.json` keeps and MLflow does not have stay in it, so that several machines share
+a comparison: `neft compare --known benchmarks/results/forgetting.json` leaves out what the file keeps. Without
+experiments the page is made of the file alone.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from typing import Any
 import matplotlib
 import torch
 
+from benchmarks import transfer
 from benchmarks.measure import RESULTS, ROOT, machine
 from flows.comparison_report import COSTS, SCORES, Line, Report, report_of
 from flows.environment import mlflow_store
 from flows.figures import comparison
 from flows.home import Home
-from flows.results import Result, chosen, read_results
+from flows.results import Result, chosen, kept_results, read_results, united
 
 FILE = RESULTS / "forgetting.json"
 PAGE = ROOT / "docs" / "forgetting.md"
@@ -32,17 +35,24 @@ AA, LA, BWT = "continual/average_accuracy", "continual/learning_accuracy", "cont
 _HEAD = """# What is forgotten, by method
 
 Made by `python -m benchmarks.forgetting` from `benchmarks/results/forgetting.json`, which the same command, with the
-names of comparisons, reads from MLflow; do not edit it by hand. Every method stands at the learning rate that learnt
-best on the first order and seed: mean and sample standard deviation over orders and seeds, and in brackets how many
-runs. A `*` marks a difference to the first method beyond noise (95 % t-interval, paired by order and seed).
+names of comparisons, reads from MLflow, on every machine its own runs; do not edit it by hand. Every method stands at
+the learning rate that learnt best on the first order and seed: mean and sample standard deviation over orders and
+seeds, and in brackets how many runs. A `*` marks a difference to the first method beyond noise (95 % t-interval, paired
+by order and seed).
 """
 
 
 def collect(experiments: Sequence[str], uri: str) -> dict[str, Any]:
-    """Every run of the comparisons, beside those of the comparisons that the file holds already, and the machine."""
-    known = json.loads(FILE.read_text())["comparisons"] if FILE.is_file() else {}
-    read = {name: [result.to_dict() for result in read_results(name, uri)] for name in experiments}
-    return {"comparisons": known | read, "machine": machine(torch.device("cpu"))}
+    """Every run of the comparisons, with those that the file keeps of other machines, and all the machines."""
+    kept, machines = {}, []
+    if FILE.is_file():
+        kept, machines = kept_results(FILE), json.loads(FILE.read_text())["machines"]
+    comparisons = kept | {name: united(kept.get(name, ()), read_results(name, uri)) for name in experiments}
+    here = machine(torch.device("cpu"))
+    return {
+        "comparisons": {name: [result.to_dict() for result in results] for name, results in comparisons.items()},
+        "machines": [*(each for each in machines if each != here), here],
+    }
 
 
 def results_of(document: Mapping[str, Any]) -> dict[str, list[Result]]:
@@ -50,15 +60,20 @@ def results_of(document: Mapping[str, Any]) -> dict[str, list[Result]]:
     return {name: [Result.from_dict(run) for run in runs] for name, runs in document["comparisons"].items()}
 
 
-def page(document: Mapping[str, Any]) -> str:
-    """The whole page, as Markdown."""
+def page(document: Mapping[str, Any], folder: Path = RESULTS) -> str:
+    """The whole page, as Markdown.
+
+    Args:
+        folder: where the files of the other benchmarks lie, which some bars are read from.
+    """
     comparisons = results_of(document)
-    parts = [_HEAD, *_bars(comparisons)]
+    files = {name: json.loads((folder / name).read_text()) for name in _FILES if (folder / name).is_file()}
+    parts = [_HEAD, *_bars(comparisons, files)]
     for name, results in comparisons.items():
         parts += _section(name, results)
-    machine_ = document["machine"]
-    versions = ", ".join(f"{library} {number}" for library, number in machine_["versions"].items())
-    parts.append(f"`{machine_['command']}` on {machine_['processor']}, {machine_['cores']} cores; {versions}.")
+    for machine_ in document["machines"]:
+        versions = ", ".join(f"{library} {number}" for library, number in machine_["versions"].items())
+        parts.append(f"- `{machine_['command']}` on {machine_['processor']}, {machine_['cores']} cores; {versions}.")
     return "\n".join(parts) + "\n"
 
 
@@ -128,14 +143,16 @@ Methods = Mapping[str, Sequence[Result]]
 
 @dataclass(frozen=True)
 class _Bar:
-    """A figure that was to be reached: of how many tasks, the least or the most it may be, and how it is made.
+    """A figure that was to be reached: what it is of, how it is made, and the least or the most it may be.
 
-    `figure` gives None where a run that it needs is missing.
+    Attributes:
+        of: of how many tasks the comparison is that it is made of; or the file of another benchmark.
+        figure: from that comparison's methods, or that file; None where a run that it needs is missing.
     """
 
     text: str
-    tasks: int
-    figure: Callable[[Methods], float | None]
+    of: int | str
+    figure: Callable[[Any], float | None]
     least: float | None = None
     most: float | None = None
 
@@ -198,6 +215,32 @@ def _ratio(top: Callable[[Methods], float | None], bottom: Callable[[Methods], f
 
 _FOUR, _TEN = 4, 10
 
+_TRANSFER, _PROTECTION = transfer.FILE.name, "protection-smollm2-135m-cpu.json"
+
+
+def _said_of_transfer(file: Mapping[str, Any]) -> str:
+    ratios = ", ".join(
+        f"`{each['task']}` {'never' if each['steps_ratio'] is None else format(each['steps_ratio'], '.2f')} "
+        f"({each['decision']['start']}{'' if each['related'] else ', unrelated'})"
+        for each in file["pairs"]
+    )
+    return (
+        "Steps with transfer / without is the mean of the related pairs that `python -m benchmarks.transfer` measured: "
+        f"steps to the held-out loss that a fresh start ends with, the probe's own not counted. {ratios}."
+    )
+
+
+def _said_of_protection(file: Mapping[str, Any]) -> str:
+    ratio = file["ratio"]
+    return (
+        "Step time with functional / without is the median that `python -m benchmarks.protection` measured, of "
+        f"{ratio['count']} rounds; quartiles {ratio['low']:.3f} and {ratio['high']:.3f}."
+    )
+
+
+#: File of another benchmark -> what the page says of where its figure comes from.
+_FILES = {_TRANSFER: _said_of_transfer, _PROTECTION: _said_of_protection}
+
 _BARS = (
     _Bar("backward transfer without stored data, four tasks", _FOUR, _of(BWT), least=-0.015),
     _Bar("its loss / sequential LoRA's", _FOUR, _ratio(_of(BWT), _of(BWT, "lora")), most=0.1),
@@ -212,7 +255,7 @@ _BARS = (
     _Bar("average accuracy - replay", _FOUR, _gap(AA, "replay"), least=0.0),
     _Bar("average accuracy - joint", _FOUR, _gap(AA, "joint"), least=-0.03),
     _Bar("rise of general perplexity", _FOUR, _of("perplexity_rise"), most=0.02),
-    _Bar("steps with transfer / without", _FOUR, _of("transfer/steps_ratio"), most=0.6),
+    _Bar("steps with transfer / without", _TRANSFER, transfer.steps_ratio, most=0.6),
     _Bar(
         "memory a task / its overlay",
         _FOUR,
@@ -220,26 +263,31 @@ _BARS = (
         most=0.2,
     ),
     _Bar(
-        "training seconds with protection / without",
-        _FOUR,
-        _ratio(_of("cost/training_seconds"), _of("cost/training_seconds", "none")),
+        "step time with functional / without",
+        _PROTECTION,
+        lambda file: file["ratio"]["median"],
         most=1.05,
     ),
 )
 
 
-def _bars(comparisons: Mapping[str, Sequence[Result]]) -> Iterator[str]:
-    """The bars that were set, and what was measured: in the first comparison of as many tasks."""
+def _bars(comparisons: Mapping[str, Sequence[Result]], files: Mapping[str, Any]) -> Iterator[str]:
+    """The bars that were set, and what was measured: in the first comparison of as many tasks, or in a file."""
     rows = []
     for bar in _BARS:
-        methods = next((chosen(runs) for runs in comparisons.values() if runs and len(runs[0].tasks) == bar.tasks), {})
-        value = bar.figure(methods)
+        if isinstance(bar.of, str):
+            value = bar.figure(files[bar.of]) if bar.of in files else None
+        else:
+            of_size = (chosen(runs) for runs in comparisons.values() if runs and len(runs[0].tasks) == bar.of)
+            value = bar.figure(next(of_size, {}))
         measured = "-" if value is None else f"{value:.4f}"
         state = "not measured" if value is None else "reached" if bar.reached(value) else "missed"
         rows.append([bar.text, bar.limit, measured, state])
     yield "## The bars\n"
     yield "Of the method `neft`, means over orders and seeds; differences to another method are paired.\n"
     yield from _table(["figure", "bar", "measured", ""], rows)
+    for name, file in files.items():
+        yield f"{_FILES[name](file)}\n"
 
 
 def write_page(document: Mapping[str, Any], page_file: Path = PAGE, images: Path = IMAGES) -> None:

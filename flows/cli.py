@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from flows.comparison import Comparison
     from flows.inspection import Inspection
+    from flows.known import Known
     from registry import Registry, Run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, help=__doc__)
@@ -106,6 +107,10 @@ def compare(
     limit: Annotated[
         float | None, typer.Option(metavar="MINUTES", min=0, help="Begin no new run after so many minutes.")
     ] = None,
+    known: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Leave out what this file keeps: runs of other machines, as JSON."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and which are done.")] = False,
     report: Annotated[
         str | None, typer.Option(metavar="EXPERIMENT", help="Report on a comparison, from MLflow alone.")
@@ -130,10 +135,15 @@ def compare(
         from flows.comparison import load_comparison
 
         comparison = load_comparison(config, overrides or ())
+        elsewhere = None
+        if known is not None:
+            from flows.known import Known
+
+            elsewhere = Known.read(known, comparison.experiment)
         if dry_run:
-            _list_cells(comparison, json_)
+            _list_cells(comparison, elsewhere, json_)
         else:
-            _learn_comparison(comparison, jobs, limit, debug)
+            _learn_comparison(comparison, elsewhere, jobs, limit, debug)
 
 
 @inspect_app.callback()
@@ -299,10 +309,10 @@ def _registry(location: Path | None) -> closing[Registry]:
     return closing(Registry.open(folder))
 
 
-def _list_cells(comparison: Comparison, as_json: bool) -> None:
+def _list_cells(comparison: Comparison, known: Known | None, as_json: bool) -> None:
     from flows.tuning import states
 
-    found = states(comparison)
+    found = states(comparison, known)
     if as_json:
         _print_json([{"run": name, "state": state} for name, state in found])
         return
@@ -312,7 +322,7 @@ def _list_cells(comparison: Comparison, as_json: bool) -> None:
     _OUT.print(table)
 
 
-def _learn_comparison(comparison: Comparison, jobs: int, limit: float | None, debug: bool) -> None:
+def _learn_comparison(comparison: Comparison, known: Known | None, jobs: int, limit: float | None, debug: bool) -> None:
     """
     Raises:
         FailedError: a sentence for each run that failed.
@@ -320,7 +330,7 @@ def _learn_comparison(comparison: Comparison, jobs: int, limit: float | None, de
     from flows.launch import run_comparison
 
     signal.signal(signal.SIGINT, _stop)
-    outcome = run_comparison(comparison, jobs, limit, debug)
+    outcome = run_comparison(comparison, jobs, limit, debug, known)
     left = f", {len(outcome.left)} left for another time" if outcome.left else ""
     lines = [
         f"{comparison.name}: {len(outcome.learnt)} runs learnt, {len(outcome.known)} learnt before{left}",

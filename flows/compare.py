@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from flows.cell import FAILED
 from flows.comparison import Cell, Comparison
 from flows.environment import mlflow_uri
 from flows.home import Home
+from flows.processes import EndedError, Processes
 from flows.progress import say
 from flows.tracking import Tracker
 from flows.tuning import Ledger, choose
@@ -46,6 +46,7 @@ class Campaign:
     def __init__(self, comparison: Comparison, ledger: Ledger, jobs: int, seconds: float | None):
         self.comparison, self.ledger, self.jobs = comparison, ledger, jobs
         self.outcome = Outcome()
+        self.processes = Processes()
         self.cells: dict[str, Cell] = {}
         self.environment: dict[str, str] = {}
         self._total = len(comparison.first()) + len(comparison.unknown({}))
@@ -85,7 +86,11 @@ class Campaign:
             self.outcome.left.append(cell.name)
             return
         start = time.monotonic()
-        reason = _process(cell, self.environment)
+        try:
+            reason = _process(cell, self.environment, self.processes)
+        except EndedError:
+            self.outcome.left.append(cell.name)
+            return
         with self._said:
             if reason is None:
                 self.outcome.learnt.append(cell.name)
@@ -109,8 +114,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _process(cell: Cell, environment: dict[str, str]) -> str | None:
-    """Run the cell's process; why it failed, or None."""
+def _process(cell: Cell, environment: dict[str, str], processes: Processes) -> str | None:
+    """Run the cell's process; why it failed, or None.
+
+    Raises:
+        EndedError: the comparison was ended before.
+    """
     folder = Home.find().path / "compare" / cell.streams[0].tracking.tags["neft.compare"]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -120,20 +129,13 @@ def _process(cell: Cell, environment: dict[str, str]) -> str | None:
         paths.append(str(path))
     log = folder / f"{cell.name}.log"
     with log.open("w") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cell", *paths],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            check=False,
-        )
-    if done.returncode == 0:
+        code = processes.run([sys.executable, "-m", "flows.cell", *paths], out, os.environ | environment)
+    if code == 0:
         return None
     said = [
         line.removeprefix(FAILED) for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)
     ]
-    return "; ".join(said) or f"its process {_ended(done.returncode)}; see {log}"
+    return "; ".join(said) or f"its process {_ended(code)}; see {log}"
 
 
 def _ended(code: int) -> str:
@@ -157,7 +159,9 @@ def learn_cells(compare: str) -> None:
     with get_client(sync_client=True) as client:
         # The server of this flow serves the cells too: one of their own each would cost seconds and a database's locks.
         campaign.environment["PREFECT_API_URL"] = str(client.api_url).rstrip("/")
-    campaign.learn()
+    # Here, since Prefect sets its own handler of SIGTERM for as long as a flow runs.
+    with campaign.processes.ended_by_signals():
+        campaign.learn()
     if failed := campaign.outcome.failed:
         raise FailedError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 

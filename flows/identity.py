@@ -1,17 +1,24 @@
-"""Identity: what a run and each of its tasks compute, digested: by content, not by the names of files."""
+"""Identity: what a run and each of its tasks compute, digested: by content, not by the names of files or a machine."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.config import StreamConfig
+from flows.config import MethodSpec, StreamConfig
 from flows.setting import Setting
+from neft.audit import base_fingerprint
 from neft.encoding import tokenizer_fingerprint
+from neft.evaluation import Probe
+from neft.harness import HarnessProbe
+from neft.neurons import NeuronSpace
+from neft.protection import ProtectionPolicy
+from neft.scoring import Scorer
 from neft.strategies import contents
 from neft.tasks import Task
 from registry import Entry
@@ -35,16 +42,43 @@ def evaluation_of(config: StreamConfig) -> dict[str, Any]:
     return config.evaluation.model_dump(mode="json", exclude=_PROBES)
 
 
-def run_digest(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of what a run computes."""
+@dataclass(frozen=True)
+class Base:
+    """Fingerprints of an untouched model, of its neuron space, and of its tokenizer."""
+
+    model: str
+    space: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, space: NeuronSpace) -> Base:
+        return cls(base_fingerprint(model), space.fingerprint, tokenizer_fingerprint(tokenizer))
+
+
+def config_digest(
+    config: StreamConfig,
+    base: Base,
+    tasks: Sequence[Task],
+    scorer: Scorer,
+    policy: ProtectionPolicy,
+    probes: Sequence[Probe | HarnessProbe],
+) -> str:
+    """Identity of what a config's run computes."""
     return digest(
         {
-            **_common(setting, tokenizer),
-            "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in setting.tasks],
-            "evaluation": evaluation_of(setting.config),
-            "probes": [probe.fingerprint for probe in (*setting.probes, *setting.harness)],
+            **_common(config, base, scorer, policy),
+            "tasks": [[task.name, task.train_fingerprint, task.eval_fingerprint] for task in tasks],
+            "evaluation": evaluation_of(config),
+            "probes": [probe.fingerprint for probe in probes],
         }
     )
+
+
+def run_digest(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of what a run computes."""
+    probes = (*setting.probes, *setting.harness)
+    base = _base(setting, tokenizer)
+    return config_digest(setting.config, base, setting.tasks, setting.scorer, setting.policy, probes)
 
 
 def task_digest(
@@ -57,7 +91,7 @@ def task_digest(
         sources: the entries that the task may start from.
     """
     inputs = {
-        **_common(setting, tokenizer),
+        **_common(setting.config, _base(setting, tokenizer), setting.scorer, setting.policy),
         "parent": parent,
         "task": task.name,
         "data": task.train_fingerprint,
@@ -67,21 +101,25 @@ def task_digest(
     return digest(inputs)
 
 
-def _common(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _base(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Base:
+    return Base(setting.base, setting.space.fingerprint, tokenizer_fingerprint(tokenizer))
+
+
+def _common(config: StreamConfig, base: Base, scorer: Scorer, policy: ProtectionPolicy) -> dict[str, Any]:
     return {
-        "base": setting.base,
-        "space": setting.space.fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "method": _method(setting),
-        "training": setting.config.training.model_dump(mode="json"),
-        "seed": setting.config.seed,
+        "base": base.model,
+        "space": base.space,
+        "tokenizer": base.tokenizer,
+        "method": _method(config.method, scorer, policy),
+        "training": config.training.model_dump(mode="json"),
+        "seed": config.seed,
     }
 
 
-def _method(setting: Setting) -> dict[str, Any]:
+def _method(method: MethodSpec, scorer: Scorer, policy: ProtectionPolicy) -> dict[str, Any]:
     """The method with the content of every file that a strategy reads in place of the file's name."""
-    described = setting.config.method.model_dump(mode="json")
-    for key, strategy in (("scorer", setting.scorer), ("protection", setting.policy)):
+    described = method.model_dump(mode="json")
+    for key, strategy in (("scorer", scorer), ("protection", policy)):
         if read := contents(strategy):
             choice = described[key]
             described[key] = ({"name": choice} if isinstance(choice, str) else choice) | read

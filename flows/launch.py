@@ -20,6 +20,7 @@ from neft.errors import FailedError
 if TYPE_CHECKING:
     from flows.compare import Outcome
     from flows.comparison import Comparison
+    from flows.known import Known
 
 
 def run_stream(config: StreamConfig, debug: bool = False) -> int:
@@ -38,12 +39,19 @@ def run_stream(config: StreamConfig, debug: bool = False) -> int:
         return learn_stream(config.stream, config.model_dump(mode="json"))
 
 
-def run_comparison(comparison: Comparison, jobs: int = 1, minutes: float | None = None, debug: bool = False) -> Outcome:
+def run_comparison(
+    comparison: Comparison,
+    jobs: int = 1,
+    minutes: float | None = None,
+    debug: bool = False,
+    known: Known | None = None,
+) -> Outcome:
     """Learn the cells of a comparison that are not learnt yet, each in a process of its own.
 
     Args:
         jobs: processes at once.
         minutes: begin no new cell after so many.
+        known: what was learnt elsewhere, which is left out.
 
     Raises:
         FailedError: a server or a file failed; a cell that fails is named in what is given back.
@@ -57,7 +65,7 @@ def run_comparison(comparison: Comparison, jobs: int = 1, minutes: float | None 
     seconds = None if minutes is None else 60 * minutes
     with (
         _alone(f"compare-{comparison.name}", folder),
-        closing(Ledger(comparison)) as ledger,
+        closing(Ledger(comparison, known)) as ledger,
         _without_heartbeat(),
         _prefect_named(),
     ):

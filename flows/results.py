@@ -1,4 +1,4 @@
-"""A comparison's results, read from MLflow alone."""
+"""A comparison's results, read from MLflow alone, or from a file that keeps them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class Result:
     versions: Mapping[str, str]
     started: int
     run_id: str
+    config_digest: str
+
+    @property
+    def place(self) -> tuple[str, str, int, float, tuple[str, ...]]:
+        """Where the run stands in its comparison: method, order, seed, learning rate and tasks."""
+        return self.method, self.order, self.seed, self.rate, self.tasks
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +57,34 @@ class Result:
     def from_dict(cls, described: Mapping[str, Any]) -> Result:
         rows = tuple(tuple(row) for row in described["rows"])
         return cls(**{**described, "tasks": tuple(described["tasks"]), "rows": rows})
+
+
+def kept_results(path: Path) -> dict[str, list[Result]]:
+    """Comparison -> its runs, from a JSON file that keeps them: `{"comparisons": {NAME: [RUN, ...]}}`.
+
+    Raises:
+        InputError: no such file, or it is not of this form.
+    """
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
+        return {name: [Result.from_dict(run) for run in runs] for name, runs in described.items()}
+    except OSError as error:
+        raise InputError(f"results cannot be read from {path}: {error.strerror}; name another file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = ", ".join(field.name for field in fields(Result))
+        raise InputError(
+            f"{path} keeps no results of comparisons ({type(error).__name__}: {error}); it must be JSON such as "
+            f'{{"comparisons": {{"name": [...]}}}}, each run with {wanted}'
+        ) from error
+
+
+def united(kept: Sequence[Result], read: Sequence[Result]) -> list[Result]:
+    """The runs of one comparison that were read now, and those that were kept of other machines, as they were begun.
+
+    At a place where both have a run, that which was read now stands, whatever its config and data are.
+    """
+    places = {result.place for result in read}
+    return sorted([*read, *(each for each in kept if each.place not in places)], key=lambda result: result.started)
 
 
 def read_results(experiment: str, uri: str) -> list[Result]:
@@ -126,6 +160,7 @@ def _result(client: MlflowClient, run: Run) -> Result:
         },
         started=int(run.info.start_time),
         run_id=run_id,
+        config_digest=tags["neft.config_digest"],
     )
 
 

@@ -1,4 +1,4 @@
-"""Which cells of a comparison are learnt already, by the registry, and which learning rate learnt best."""
+"""Which cells of a comparison are learnt already, here or elsewhere, and which learning rate learnt best."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import statistics
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.comparison import Cell, Comparison
 from flows.config import StreamConfig
 from flows.home import Home
 from registry import Registry, Run
 
+if TYPE_CHECKING:
+    from flows.known import Known
+
 
 class Ledger:
-    """What the registry says of a comparison's cells."""
+    """What the registry says of a comparison's cells, and what is known of those that were learnt elsewhere."""
 
-    def __init__(self, comparison: Comparison):
+    def __init__(self, comparison: Comparison, known: Known | None = None):
+        self._known = known
         self._registry = Registry.open(comparison.config.registry.location or Home.find().registry)
 
     def close(self) -> None:
@@ -38,16 +43,22 @@ class Ledger:
 
     def learnt(self, cell: Cell) -> bool:
         """Whether nothing of the cell is left to learn."""
-        return all(self._run(config) is not None for config in cell.streams)
+        return all(self._metrics(config) is not None for config in cell.streams)
+
+    def _metrics(self, config: StreamConfig) -> Mapping[str, float] | None:
+        """Continual-learning metrics of the finished stream; None while unlearnt."""
+        run = self._run(config)
+        if run is not None:
+            return run.metrics or {}
+        return self._known.metrics(config) if self._known is not None else None
 
     def accuracy(self, cell: Cell) -> float | None:
         """Mean learning accuracy of the cell's streams (average accuracy of a method without); None while unlearnt."""
         scores = []
         for config in cell.streams:
-            run = self._run(config)
-            if run is None:
+            metrics = self._metrics(config)
+            if metrics is None:
                 return None
-            metrics = run.metrics or {}
             scores.append(float(metrics.get("learning_accuracy", metrics.get("average_accuracy", 0.0))))
         return statistics.mean(scores)
 
@@ -92,10 +103,10 @@ def best(scores: Mapping[float, float | None]) -> float:
     return max(sorted(scores), key=lambda rate: scores[rate] or 0.0)
 
 
-def states(comparison: Comparison) -> list[tuple[str, str]]:
+def states(comparison: Comparison, known: Known | None = None) -> list[tuple[str, str]]:
     """Name and state of every cell, in the order in which they are learnt."""
-    with closing(Ledger(comparison)) as ledger:
+    with closing(Ledger(comparison, known)) as ledger:
         chosen = choose(comparison, ledger)
         cells = [*comparison.first(), *comparison.rest(chosen)]
-        known = [(cell.name, "learnt" if ledger.learnt(cell) else "to learn") for cell in cells]
-    return known + [(f"{comparison.name}.{name}", "waits for tuning") for name in comparison.unknown(chosen)]
+        found = [(cell.name, "learnt" if ledger.learnt(cell) else "to learn") for cell in cells]
+    return found + [(f"{comparison.name}.{name}", "waits for tuning") for name in comparison.unknown(chosen)]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
-from benchmarks import forgetting
+import pytest
+
+from benchmarks import forgetting, transfer
+from flows.results import Result
 
 TASKS = ("a", "b", "c", "d")
 
@@ -28,12 +32,13 @@ def run(method: str, seed: int = 0, rate: float = 0.1, order: str = "first", **m
         "versions": {},
         "started": 0,
         "run_id": "",
+        "config_digest": "",
     }
 
 
 def document(*runs: dict[str, Any]) -> dict[str, Any]:
     machine = {"command": "python", "processor": "p", "cores": 2, "versions": {"torch": "2"}}
-    return {"comparisons": {"demo": list(runs)}, "machine": machine}
+    return {"comparisons": {"demo": list(runs)}, "machines": [machine]}
 
 
 def bars(page: str) -> dict[str, tuple[str, str]]:
@@ -45,12 +50,11 @@ def bars(page: str) -> dict[str, tuple[str, str]]:
 def test_bars_are_reached_missed_or_not_measured() -> None:
     page = forgetting.page(
         document(
-            run("neft", aa=0.80, la=0.85, bwt=-0.01, perplexity_rise=0.05, cost__training_seconds=21.0),
-            run("neft", seed=1, aa=0.70, la=0.85, bwt=-0.01, perplexity_rise=0.05, cost__training_seconds=21.0),
+            run("neft", aa=0.80, la=0.85, bwt=-0.01, perplexity_rise=0.05),
+            run("neft", seed=1, aa=0.70, la=0.85, bwt=-0.01, perplexity_rise=0.05),
             run("lora", aa=0.70, la=0.86, bwt=-0.20),
             run("olora", aa=0.72),
             run("replay", seed=1, aa=0.80),
-            run("none", aa=0.5, cost__training_seconds=20.0),
         )
     )
     found = bars(page)
@@ -61,7 +65,6 @@ def test_bars_are_reached_missed_or_not_measured() -> None:
     assert found["average accuracy - olora"] == ("0.0800", "reached")
     assert found["average accuracy - replay"] == ("-0.1000", "missed")
     assert found["rise of general perplexity"] == ("0.0500", "missed")
-    assert found["training seconds with protection / without"] == ("1.0500", "reached")
     assert found["average accuracy - joint"] == ("-", "not measured")
     assert found["backward transfer without stored data, ten tasks"] == ("-", "not measured")
     assert found["routing accuracy"] == ("-", "not measured")
@@ -84,6 +87,51 @@ def test_an_oracle_that_forgets_anything_misses_its_bar() -> None:
     runs = [run("neft", oracle__backward_transfer=value, seed=seed) for seed, value in enumerate((0.0, -0.001))]
     assert bars(forgetting.page(document(*runs)))[figure] == ("-0.0010", "missed")
     assert bars(forgetting.page(document(runs[0])))[figure] == ("0.0000", "reached")
+
+
+def pair(task: str, related: bool, ratio: float | None) -> dict[str, Any]:
+    return {"task": task, "related": related, "steps_ratio": ratio, "decision": {"start": "warm"}}
+
+
+def test_bars_of_other_benchmarks_are_read_from_their_files(tmp_path: Path) -> None:
+    transferred, time = "steps with transfer / without", "step time with functional / without"
+    empty = bars(forgetting.page(document(run("neft", aa=0.5)), tmp_path))
+    assert empty[transferred] == empty[time] == ("-", "not measured")
+    pairs = [pair("a", True, 0.4), pair("b", True, 0.6), pair("c", False, 1.0)]
+    (tmp_path / "transfer.json").write_text(json.dumps({"pairs": pairs}))
+    ratio = {"median": 1.06, "low": 1.0, "high": 1.1, "count": 12}
+    (tmp_path / "protection-smollm2-135m-cpu.json").write_text(json.dumps({"ratio": ratio}))
+    page = forgetting.page(document(run("neft", aa=0.5)), tmp_path)
+    assert bars(page)[transferred] == ("0.5000", "reached")
+    assert bars(page)[time] == ("1.0600", "missed")
+    assert "`a` 0.40 (warm), `b` 0.60 (warm), `c` 1.00 (warm, unrelated)" in page
+    assert "of 12 rounds; quartiles 1.000 and 1.100" in page
+    (tmp_path / "transfer.json").write_text(json.dumps({"pairs": [*pairs, pair("d", True, None)]}))
+    assert bars(forgetting.page(document(run("neft", aa=0.5)), tmp_path))[transferred] == ("-", "not measured")
+
+
+def test_the_ratio_is_of_the_first_steps_at_the_fresh_starts_last_loss() -> None:
+    fresh = [(2, 0.9), (4, 0.5), (6, 0.6), (8, 0.5)]
+    assert transfer.compared(fresh, [(2, 0.5), (4, 0.4)])["steps_ratio"] == 0.5
+    assert transfer.compared(fresh, fresh)["steps_ratio"] == 1.0
+    assert transfer.compared(fresh, [(2, 0.7), (8, 0.6)])["steps_ratio"] is None
+
+
+def test_runs_of_other_machines_stay_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**document()["machines"][0], "cores": 64}
+    kept = [run("neft", la=0.1), run("neft", seed=1, la=0.2), run("lora", la=0.3)]
+    file = tmp_path / "forgetting.json"
+    file.write_text(json.dumps({"comparisons": {"demo": kept, "else": [run("neft")]}, "machines": [other]}))
+    # Learnt here under another config, and at a place that the file does not have.
+    here = [run("neft", la=0.9) | {"config_digest": "other"}, run("neft", rate=0.3, la=0.8)]
+    monkeypatch.setattr(forgetting, "FILE", file)
+    monkeypatch.setattr(forgetting, "read_results", lambda name, uri: [Result.from_dict(each) for each in here])
+    found = forgetting.collect(["demo"], "sqlite://")
+    assert found["machines"][0] == other and len(found["machines"]) == 2
+    results = forgetting.results_of(found)
+    assert results["else"] == [Result.from_dict(run("neft"))]
+    scores = {(each.method, each.seed, each.rate): each.metrics[forgetting.LA] for each in results["demo"]}
+    assert scores == {("neft", 0, 0.1): 0.9, ("neft", 1, 0.1): 0.2, ("lora", 0, 0.1): 0.3, ("neft", 0, 0.3): 0.8}
 
 
 def test_the_page_is_made_of_the_file() -> None:

@@ -42,7 +42,20 @@ def test_a_comparison_is_learnt_once_and_reported_from_mlflow_alone(
     states = json.loads(neft("compare", config, "--dry-run", "--json").out)
     assert [each["state"] for each in states].count("learnt") == 3
 
+    # On another machine, whose registry is empty, what a file keeps is not learnt again, unless its data change.
     shutil.rmtree(home / "registry")
+    kept, results = tmp_path / "kept.json", read_results("methods", Home.find().mlflow_uri)
+    kept.write_text(json.dumps({"comparisons": {"methods": [result.to_dict() for result in results]}}))
+    listing = ("compare", config, "--dry-run", "--json", "--set", "learning_rates={lora: [0.005]}")
+    alone, known = (
+        [each["state"] for each in json.loads(neft(*listing, *more).out)] for more in ((), ("--known", kept))
+    )
+    assert alone == ["to learn"] * 4 and known == ["learnt"] * 4
+    with (tmp_path / "colours-train.jsonl").open("a") as file:
+        file.write((tmp_path / "colours-train.jsonl").read_text().splitlines()[0] + "\n")
+    states = json.loads(neft(*listing, "--known", kept).out)
+    assert [each["state"] for each in states] == ["to learn"] * 4
+
     found = json.loads(neft("compare", "--report", "methods", "--json").out)
     assert list(found["methods"]) == ["neft", "lora"]
     assert [run["seed"] for run in found["runs"]] == [0, 0, 1, 1]

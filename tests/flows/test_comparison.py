@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 import yaml
 
 from flows.comparison import Cell, Comparison, load_comparison
+from flows.known import Known
+from flows.results import Result
 from flows.tuning import Ledger, best, choose, states
 from neft.errors import InputError
 from registry import Registry
@@ -179,6 +182,56 @@ def test_a_cell_is_learnt_while_its_config_and_its_files_are_the_same(
     later = (tmp_path / "colours-train.jsonl").stat().st_mtime + 3600
     os.utime(tmp_path / "colours-train.jsonl", (later, later))
     assert not ledger.learnt(cell)
+
+
+def learnt_elsewhere(cell: Cell, digest: str, **metrics: float) -> Result:
+    return Result(
+        cell.method,
+        cell.order,
+        cell.seed,
+        cell.rate,
+        tuning=True,
+        tasks=("colours", "animals"),
+        rows=(),
+        majority={},
+        metrics={f"continual/{name}": value for name, value in metrics.items()},
+        params={},
+        versions={},
+        started=0,
+        run_id="",
+        config_digest=digest,
+    )
+
+
+def test_a_rate_is_chosen_of_what_was_learnt_here_and_elsewhere(
+    tried: tuple[Comparison, Ledger, Registry], tmp_path: Path
+) -> None:
+    comparison, _, registry = tried
+    low, high = comparison.first()[1:]
+    record(registry, high, learning_accuracy=0.7)
+    digest = Known({}).identity(low.streams[0])
+    assert digest != Known({}).identity(high.streams[0])
+    file = tmp_path / "kept.json"
+    result = learnt_elsewhere(low, digest, learning_accuracy=0.9)
+    file.write_text(json.dumps({"comparisons": {"tiny-methods": [result.to_dict()]}}))
+    known = Known.read(file, "tiny-methods")
+    with closing(Ledger(comparison, known)) as ledger:
+        assert ledger.learnt(low) and ledger.learnt(high) and not ledger.learnt(comparison.first()[0])
+        assert choose(comparison, ledger) == {"neft": 0.02, "lora": 0.005}
+    with closing(Ledger(comparison, Known.read(file, "another"))) as ledger:
+        assert not ledger.learnt(low)
+
+
+KEPT = {"none": None, "no JSON": "{", "no comparisons": "{}", "no run": '{"comparisons": {"a": [{"seed": 0}]}}'}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_file_that_keeps_no_results_is_named(case: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "kept.json", KEPT[case]
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        Known.read(path, "a")
 
 
 def test_a_dry_run_lists_and_learns_nothing(tmp_path: Path, home: Path, neft: Neft) -> None:
