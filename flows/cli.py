@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,13 +236,17 @@ def show(
         entry = registry.get(task, base_model=base_model)
         neurons = registry.neurons(entry)
     sites = {name: len(indices) for name, indices in neurons.indices.items()}
-    described = entry.to_dict() | {"sites": sites}
+    described = entry.to_dict()
     if json_:
-        _print_json(described)
+        _print_json(described | {"sites": sites})
         return
+    # The ledger stands beside the sites.
+    capacity = entry.metrics.get("capacity", {})
+    described["metrics"] = {name: value for name, value in entry.metrics.items() if name != "capacity"}
     table = Table("field", "value", title=entry.reference)
     for name, value in described.items():
         table.add_row(name, value if isinstance(value, str) else json.dumps(value, indent=1))
+    table.add_row("sites", _sites_table(sites, capacity))
     _OUT.print(table)
 
 
@@ -377,6 +382,14 @@ def _check_picture(path: Path) -> None:
 def _save_picture(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _sites_table(sites: Mapping[str, int], capacity: Mapping[str, Sequence[int]]) -> Table:
+    """Each site's neurons in an entry's set, and how many were free there before and after it was learnt."""
+    table = Table("site", "neurons", "free before", "free after")
+    for name in capacity or sites:
+        table.add_row(name, f"{sites.get(name, 0):,}", *(f"{count:,}" for count in capacity.get(name, ())))
+    return table
 
 
 def _counts(top: str | None) -> list[int] | None:

@@ -31,15 +31,17 @@ class Costs:
         """
         overlays = sum(entry.overlay_file.bytes for entry in entries)
         neurons = sum(entry.neurons_file.bytes for entry in entries)
-        beside = [file.bytes for entry in entries for file in (entry.memory_file, entry.signature_file) if file]
+        memory = sum(entry.memory_file.bytes for entry in entries if entry.memory_file)
+        signatures = sum(entry.signature_file.bytes for entry in entries if entry.signature_file)
         kept = 0 if baseline is None else kept_bytes(baseline)
         return {
             "cost/seconds": time.perf_counter() - self._start,
             "cost/training_seconds": self.training_seconds,
             "cost/peak_memory_bytes": peak_memory(),
-            "cost/stored_bytes_per_task": (overlays + neurons + sum(beside) + kept) / tasks,
+            "cost/stored_bytes_per_task": (overlays + neurons + memory + signatures + kept) / tasks,
             "cost/overlay_bytes_per_task": overlays / tasks,
-            "cost/memory_bytes_per_task": sum(beside) / tasks,
+            "cost/memory_bytes_per_task": memory / tasks,
+            "cost/signature_bytes_per_task": signatures / tasks,
         }
 
 

@@ -49,11 +49,7 @@ def select(name: str) -> None:
 @_step("train {name}")
 def train(name: str) -> None:
     """Train a task's neurons and audit that nothing else changed, or learn it by the configured baseline."""
-    bench = current()
-    if bench.config.method.baseline is None:
-        bench.train()
-    else:
-        bench.train_baseline()
+    current().train()
 
 
 @_step("evaluate after {name}")
@@ -84,7 +80,7 @@ def learn_task(position: int, name: str) -> None:
         return
     bench.open_task()
     try:
-        if bench.config.method.baseline is None:
+        if bench.learner.selects:
             score(name)
             select(name)
         train(name)
@@ -131,9 +127,9 @@ def _learn(bench: Workbench, config: StreamConfig) -> int:
         bench.reserve()
         bench.sign()
         evaluate("nothing")
-        for position, lesson in enumerate(bench.lessons):
+        for position, lesson in enumerate(bench.setting.lessons):
             learn_task(position, lesson.name)
-        if "oracle" in bench.modes.matrices:
+        if "oracle" in bench.measuring.modes.matrices:
             prove()
         bench.finish()
     except BaseException as error:

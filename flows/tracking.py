@@ -155,10 +155,10 @@ class Tracker:
             neurons.save(path)
             self._client.log_artifact(run_id, str(path))
 
-    def log_table(self, table: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Keep a table as an artefact of the parent run."""
+    def log_table(self, run_id: str, table: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Keep a table, by its columns, as an artefact of a run."""
         with self._said():
-            self._client.log_table(self.run_id, dict(table), name)
+            self._client.log_table(run_id, dict(table), name)
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Keep a picture as an artefact of the parent run."""

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from flows import workbench
+from flows import learning
 from flows.config import load_config
 from flows.home import Home
 from flows.report import as_json
+from flows.tracking import Tracker
 from flows.workbench import Workbench
 from neft.audit import state_digest
 from neft.errors import FailedError, RecordError
@@ -176,7 +177,7 @@ class Trouble:
     states: list[str] = field(default_factory=list)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        real_train, real_roll_back = workbench.train, Workbench.roll_back
+        real_train, real_roll_back = learning.train, Workbench.roll_back
 
         def train(model: Any, tokenizer: Any, task: Task, spec: Any, *rest: Any) -> TrainingResult:
             if task.name != "animals":
@@ -193,9 +194,9 @@ class Trouble:
 
         def roll_back(bench: Workbench) -> None:
             real_roll_back(bench)
-            self.states.append(state_digest(bench.model))
+            self.states.append(state_digest(bench.standing.model))
 
-        patch.setattr(workbench, "train", train)
+        patch.setattr(learning, "train", train)
         patch.setattr(Workbench, "roll_back", roll_back)
 
     @staticmethod
@@ -302,7 +303,7 @@ def test_a_failing_record_is_no_fault_of_the_task(tmp_path: Path, monkeypatch: p
     def gone(*args: Any) -> None:
         raise RecordError("MLflow is gone; mend it")
 
-    monkeypatch.setattr(workbench.Tracker, "log_neurons", gone)
+    monkeypatch.setattr(Tracker, "log_neurons", gone)
     with pytest.raises(RecordError, match="MLflow is gone"):
         learn(write_stream(tmp_path, on_failure="skip", training=SHORT, evaluation={}), tmp_path / "home")
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from flows.config import load_config
+from flows.identity import run_digest
 from flows.tracking import Tracker
 from flows.workbench import Workbench
 from neft.audit import state_digest
@@ -118,7 +119,7 @@ def identities(config: Path, *overrides: str) -> tuple[str, str]:
     bench = Workbench(parsed, cast(Registry, None), cast(Tracker, None), None)
     bench.load()
     bench.begin(0)
-    return bench.config_digest, bench.work.input_digest
+    return run_digest(bench.setting, bench.standing.tokenizer), bench.work.input_digest
 
 
 @pytest.mark.parametrize("key", ["scorer", "protection"])
@@ -137,11 +138,11 @@ def test_prompts_count_by_their_content_and_not_by_their_name(config: Path, tmp_
 
 def test_the_prompts_that_neft_comes_with_count_too(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of neft may bring others."""
-    from flows import workbench
+    from flows import identity
 
     first = identities(config, "method.protection=keystone")
     plain = identities(config)
-    monkeypatch.setattr(workbench, "contents", lambda _: {"prompts": "others"})
+    monkeypatch.setattr(identity, "contents", lambda _: {"prompts": "others"})
     assert identities(config, "method.protection=keystone") != first
     monkeypatch.undo()
     assert identities(config) == plain

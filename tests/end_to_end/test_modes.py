@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from flows import workbench
+from flows import measuring
 from flows.config import load_config
 from flows.report import as_json, modes_of
+from flows.workbench import Workbench
 from neft.errors import FailedError
 from neft.evaluation import Score, evaluate
 from neft.models import load_base
@@ -106,14 +107,14 @@ def test_mlflow_and_the_report_show_the_modes_side_by_side(
 def test_a_stopped_stream_goes_on_to_the_same_scores(
     scored: Learnt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.Workbench.record
+    real = Workbench.record
 
-    def interrupted(self: workbench.Workbench) -> None:
+    def interrupted(self: Workbench) -> None:
         if self.work.task.name == "animals":
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(workbench.Workbench, "record", interrupted)
+    monkeypatch.setattr(Workbench, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(scored.config, tmp_path, *OVERRIDES)
     monkeypatch.undo()
@@ -129,12 +130,12 @@ def _timeless(learnt: Learnt) -> dict[str, float]:
 def test_a_state_that_scores_otherwise_when_it_is_checked_out_fails_the_run(
     config: Path, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., None] = workbench.prove
+    real: Callable[..., None] = measuring.prove
 
     def careless(states: States, entries: Any, measure: Callable[[Entry], list[float]]) -> None:
         real(states, entries, lambda entry: [1 - value for value in measure(entry)])
 
-    monkeypatch.setattr(workbench, "prove", careless)
+    monkeypatch.setattr(measuring, "prove", careless)
     with pytest.raises(FailedError, match=r"colours@1, checked out, scores .* when it was learnt"):
         learn(config, tmp_path, MODES, "training.max_steps=1")
 

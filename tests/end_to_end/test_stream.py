@@ -11,8 +11,9 @@ import torch
 from filelock import FileLock
 from mlflow.entities import ViewType
 
-from flows import workbench
+from flows import learning
 from flows.home import Home
+from flows.workbench import Workbench
 from neft.audit import AuditResult, state_digest
 from neft.errors import FailedError
 from neft.evaluation import EvaluationSpec, evaluate
@@ -139,6 +140,29 @@ def test_mlflow_has_a_child_run_for_each_task(learnt: Learnt) -> None:
         assert kept == expected
 
 
+def test_mlflow_shows_how_free_capacity_shrinks(learnt: Learnt) -> None:
+    with learnt.registry() as registry:
+        entries = [registry.get(name) for name in NAMES]
+    for entry, left in zip(entries, (96, 64, 32), strict=True):
+        capacity, run_id = entry.metrics["capacity"], entry.mlflow_run_id or ""
+        metrics = learnt.mlflow.get_run(run_id).data.metrics
+        assert metrics["capacity/free"] == left == sum(after for _, after in capacity.values())
+        assert metrics["capacity/fullest_site_free"] == left / 128  # every site gives as many
+        table = json.loads(Path(learnt.mlflow.download_artifacts(run_id, "capacity.json")).read_text())
+        assert table["columns"] == ["site", "size", "free before", "free after"]
+        assert table["data"] == [[site, 64, *free] for site, free in capacity.items()]
+
+
+def test_what_a_policy_keeps_and_the_signatures_are_counted_apart(learnt: Learnt) -> None:
+    with learnt.registry() as registry:
+        entries = [registry.get(name) for name in NAMES]
+    costs = learnt.mlflow.get_run(learnt.run.mlflow_run_id).data.metrics
+    assert costs["cost/memory_bytes_per_task"] == 0  # `exclude` keeps nothing
+    signatures = sum(entry.signature_file.bytes for entry in entries if entry.signature_file)
+    assert costs["cost/signature_bytes_per_task"] == pytest.approx(signatures / len(NAMES))
+    assert signatures > 0
+
+
 def test_run_again_learns_nothing_and_starts_no_run(learnt: Learnt, capsys: pytest.CaptureFixture[str]) -> None:
     again = learn(learnt.config, learnt.home.path)
     assert again.run.id == learnt.run.id
@@ -222,7 +246,7 @@ def test_baselines_run_by_the_same_flow_and_record_no_entry(
 def test_a_failed_audit_fails_the_task_and_records_nothing_of_it(
     stream: Path, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.train
+    real = learning.train
 
     def careless(model, tokenizer, task, *rest):  # type: ignore[no-untyped-def] # stands in for `train`, whatever its types
         result = real(model, tokenizer, task, *rest)
@@ -231,7 +255,7 @@ def test_a_failed_audit_fails_the_task_and_records_nothing_of_it(
                 model.get_base_model().model.norm.weight[0] += 1e-3
         return result
 
-    monkeypatch.setattr(workbench, "train", careless)
+    monkeypatch.setattr(learning, "train", careless)
     with pytest.raises(FailedError, match=r"failed its audit.*model\.norm\.weight"):
         learn(stream, tmp_path, FEW_STEPS)
     with closing(Registry.open(Home(tmp_path).registry)) as registry:
@@ -271,14 +295,14 @@ def test_an_audit_result_of_a_good_task_counts_what_it_compared(learnt: Learnt) 
 def test_an_interrupted_task_leaves_no_torn_run_behind(
     stream: Path, tmp_path: Path, learnt: Learnt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workbench.Workbench.record
+    real = Workbench.record
 
-    def interrupted(self: workbench.Workbench) -> None:
+    def interrupted(self: Workbench) -> None:
         if self.work.task.name == "places":
             raise KeyboardInterrupt
         real(self)
 
-    monkeypatch.setattr(workbench.Workbench, "record", interrupted)
+    monkeypatch.setattr(Workbench, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(stream, tmp_path)
     monkeypatch.undo()

@@ -138,7 +138,11 @@ def test_registry_list_and_show(at_home: Learnt, neft: Neft) -> None:
     assert shown["parent"] == "colours@1"
     assert sum(shown["sites"].values()) == shown["neuron_count"] == 32
     assert "animals@1" in neft("registry", "list").out
-    assert "state_digest" in neft("registry", "show", "animals@1").out
+    printed = neft("registry", "show", "animals@1").out
+    assert "state_digest" in printed
+    for site, (before, after) in shown["metrics"]["capacity"].items():
+        cells = next(line for line in printed.splitlines() if site in line).replace("│", " ").split()
+        assert cells[cells.index(site) + 1 :] == [str(shown["sites"][site]), str(before), str(after)]
 
 
 def test_checkout_writes_a_plain_model_bit_for_bit(at_home: Learnt, neft: Neft, tmp_path: Path) -> None:
