@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,20 @@ class Learnt:
         return MlflowClient(self.home.mlflow_uri)
 
 
+@cache
+def empty_store() -> bytes:
+    """MLflow's database before anything is recorded: to make it takes a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home(Path(folder))
+        MlflowClient(home.mlflow_uri).search_experiments()
+        return (home.path / "mlflow.db").read_bytes()
+
+
 def learn(config: Path, home: Path, *overrides: str) -> Learnt:
     """Run a stream in this process, with `home` as its home."""
+    if not home.joinpath("mlflow.db").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        home.joinpath("mlflow.db").write_bytes(empty_store())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEFT_HOME", str(home))
         parsed = load_config(config, overrides)

@@ -33,6 +33,7 @@ TASK = Task("toy", ROWS, ROWS, "accuracy", (" warm", " cold"))
 _OTHER_ROWS = tuple(Example(row.prompt, {" warm": " tame", " cold": " wild"}[row.completion]) for row in ROWS)
 OTHER = Task("other", _OTHER_ROWS, _OTHER_ROWS, "accuracy", (" tame", " wild"))
 SPEC = TrainingSpec(max_steps=12, learning_rate=0.02, max_length=16, per_device_train_batch_size=4)
+FEW_STEPS = SPEC.model_copy(update={"max_steps": 2})
 BATCH = collate([encode(TOKENIZER, example) for example in ROWS], 0)
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -64,10 +65,12 @@ def logits(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def learn(baseline: Baseline, model: nn.Module, seed: int = 0, task: Task = TASK) -> tuple[nn.Module, nn.Module]:
+def learn(
+    baseline: Baseline, model: nn.Module, seed: int = 0, task: Task = TASK, spec: TrainingSpec = SPEC
+) -> tuple[nn.Module, nn.Module]:
     """What the baseline trained, and the plain model it made of it."""
     prepared = baseline.prepare(model, seed)
-    train(prepared, TOKENIZER, task, SPEC, seed, guard=baseline.guard(prepared))
+    train(prepared, TOKENIZER, task, spec, seed, guard=baseline.guard(prepared))
     finished = baseline.finish(prepared)
     baseline.remember(finished, TOKENIZER, task, 16, seed)
     return prepared, finished
@@ -105,7 +108,7 @@ def test_it_trains_the_weights_it_should_and_says_which(name: str) -> None:
     audit = WeightAudit(model)
     prepared = baseline.prepare(model, 0)
     trained = trained_weights(prepared) & before.keys()
-    train(prepared, TOKENIZER, TASK, SPEC, 0, guard=baseline.guard(prepared))
+    train(prepared, TOKENIZER, TASK, FEW_STEPS, 0, guard=baseline.guard(prepared))
     finished = baseline.finish(prepared)
     changed = {key for key, tensor in finished.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == trained
@@ -119,9 +122,9 @@ def test_it_trains_the_weights_it_should_and_says_which(name: str) -> None:
 @pytest.mark.parametrize("name", MATRIX)
 def test_tasks_follow_one_another(name: str) -> None:
     baseline = made(MATRIX[name][0])
-    _, first = learn(baseline, tiny_model())
+    _, first = learn(baseline, tiny_model(), spec=FEW_STEPS)
     digest = state_digest(first)
-    prepared, second = learn(baseline, first, seed=1)
+    prepared, second = learn(baseline, first, seed=1, spec=FEW_STEPS)
     assert any(parameter.numel() for parameter in prepared.parameters())
     assert type(second) is type(tiny_model())
     assert state_digest(second) != digest
@@ -129,7 +132,8 @@ def test_tasks_follow_one_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_same_seed_gives_the_same_weights(name: str) -> None:
-    digests = [state_digest(learn(made(MATRIX[name][0]), tiny_model(), seed)[1]) for seed in (0, 0, 1)]
+    runs = (learn(made(MATRIX[name][0]), tiny_model(), seed, spec=FEW_STEPS) for seed in (0, 0, 1))
+    digests = [state_digest(finished) for _, finished in runs]
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -36,6 +36,8 @@ MATRIX: list[tuple[str, dict[str, Any], tuple[range, ...], range | tuple[()]]] =
     ("exclude", {}, (range(10),), range(10, 64)),
     ("exclude", {}, (range(5), range(3, 60)), range(60, 64)),
     ("exclude", {}, (range(64),), ()),
+    ("functional", {}, (), range(64)),
+    ("functional", {}, (range(10), range(20)), range(20, 64)),
     ("none", {}, (), range(64)),
     ("none", {}, (range(10),), range(64)),
     ("none", {}, (range(64), range(64)), range(64)),

@@ -122,7 +122,7 @@ def test_checkpointed_layers_are_computed_anew_by_backward(family: str, name: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ROWS.keys() - {"keystone"})
+@pytest.mark.parametrize("name", sorted(ROWS.keys() - {"keystone"}))
 def test_input_gradients_that_were_asked_for_stay_and_can_still_be_turned_off(family: str, name: str) -> None:
     model = tiny_model(family)
     embeddings = model.get_input_embeddings()

@@ -247,9 +247,14 @@ def test_the_global_generator_does_not_matter() -> None:
     assert model is peft_model.get_base_model()
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}])
-def test_how_it_is_computed_does_not_change_what_is_learnt(change: dict[str, Any]) -> None:
-    plain, changed = learnt(), learnt(**change)
+@pytest.fixture(scope="module")
+def plain() -> Overlay:
+    """What training gives by the settings of `spec` alone."""
+    return learnt()
+
+
+def test_how_it_is_computed_does_not_change_what_is_learnt(plain: Overlay) -> None:
+    changed = learnt(gradient_checkpointing=True)
     for name, values in plain.values.items():
         torch.testing.assert_close(changed.values[name], values, rtol=1e-5, atol=1e-6)
 
@@ -273,8 +278,8 @@ def test_how_it_is_computed_does_not_change_what_is_learnt(change: dict[str, Any
     ],
     ids=str,
 )
-def test_every_setting_reaches_the_training(change: dict[str, Any]) -> None:
-    plain, changed = learnt(), learnt(**change)
+def test_every_setting_reaches_the_training(change: dict[str, Any], plain: Overlay) -> None:
+    changed = learnt(**change)
     assert not equal(plain, changed)
     assert {values.dtype for values in changed.values.values()} == {torch.float32}
     assert all(torch.isfinite(values).all() for values in changed.values.values())
