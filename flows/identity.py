@@ -76,7 +76,7 @@ def config_digest(
 
 def run_digest(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> str:
     """Identity of what a run computes."""
-    probes = (*setting.probes, *setting.harness)
+    probes: tuple[Probe | HarnessProbe, ...] = (*setting.probes, *setting.harness)
     base = _base(setting, tokenizer)
     return config_digest(setting.config, base, setting.tasks, setting.scorer, setting.policy, probes)
 

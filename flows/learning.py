@@ -65,6 +65,7 @@ class Learner(Protocol):
 
     def reserve(self) -> None:
         """Look at the untouched model, once a run, before anything is learnt."""
+        return
 
     def sign(self) -> Sequence[Signature]:
         """Every task's signature, of the untouched model; none where the states it leaves cannot be gone back to."""
@@ -72,6 +73,7 @@ class Learner(Protocol):
 
     def begin(self, work: Work) -> None:
         """Make ready for a task; the model is as the task before left it."""
+        return
 
     def recall(self, work: Work) -> Entry | None:
         """Bring the model to what it was after this very work, if that is recorded; its entry."""
@@ -79,9 +81,11 @@ class Learner(Protocol):
 
     def score(self, work: Work) -> None:
         """Score the neurons for the task."""
+        return
 
     def select(self, work: Work) -> None:
         """Choose the task's neurons."""
+        return
 
     def train(self, work: Work) -> Outcome:
         """Train the task; the model then holds it.
