@@ -104,6 +104,9 @@ class Workbench:
         setting, standing = self.setting, self.standing
         task = setting.lessons[position]
         setting.course.begin(standing.model)
+        if not setting.course.accumulates:
+            # The task goes on from another state than the one before has left.
+            standing.settle()
         identity = task_digest(setting, standing.tokenizer, task, standing.state, self._sources)
         self._work = Work(position, len(setting.lessons), task, identity, self._sources)
         self.learner.begin(self._work)
