@@ -40,7 +40,7 @@ WRITTEN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\ncompare:" in pa
 def test_every_comparison_of_the_configs_is_read(path: Path) -> None:
     comparison = load_comparison(path)
     assert comparison.name == path.stem
-    assert {cell.method for cell in comparison.first()} == comparison.config.methods.keys()
+    assert {cell.method for cell in comparison.first()} == comparison.spec.methods.keys()
 
 
 ORDERS = {"first": ["colours", "animals"], "second": ["animals", "colours"]}
