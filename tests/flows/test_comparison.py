@@ -35,6 +35,17 @@ def write(folder: Path, **changes: Any) -> Path:
     return path
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+WRITTEN = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\ncompare:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_every_comparison_of_the_configs_is_read(path: Path) -> None:
+    comparison = load_comparison(path)
+    assert comparison.name == path.stem
+    assert {cell.method for cell in comparison.first()} == comparison.spec.methods.keys()
+
+
 ORDERS = {"first": ["colours", "animals"], "second": ["animals", "colours"]}
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
