@@ -72,10 +72,10 @@ def stream(demo: Path, registry: Path, task: str, seed: int, source: str) -> Str
 
 def learn(config: StreamConfig) -> Entry:
     """The task's entry, learnt unless it was before."""
-    run_stream(config)
+    run_id = run_stream(config)
     with closing(Registry.open(config.registry.location)) as registry:
-        (entry,) = registry.list(config.stream)
-    return entry
+        (reference,) = (registry.run(run_id).tracking or {})["entries"]
+        return registry.get(reference)
 
 
 def curve(entry: Entry) -> Curve:
@@ -90,12 +90,18 @@ def reached(curve: Curve, loss: float) -> int | None:
 
 
 def compared(fresh: Curve, auto: Curve) -> dict[str, Any]:
-    """Steps that both need to the fresh start's held-out loss at its end, and their ratio."""
+    """Steps that both need to the fresh start's held-out loss at its end, and their ratio.
+
+    The fresh start may come to that loss before its end; the ratio to all of its steps, which counts that in favour of
+    the other, stands beside as `of_all_steps`.
+    """
     loss = fresh[-1][1]
     steps = {"fresh": reached(fresh, loss), "auto": reached(auto, loss)}
     assert steps["fresh"] is not None
     ratio = None if steps["auto"] is None else steps["auto"] / steps["fresh"]
-    return {"loss": loss, "steps": steps, "steps_ratio": ratio, "fresh": fresh, "auto": auto}
+    of_all = None if steps["auto"] is None else steps["auto"] / fresh[-1][0]
+    ratios = {"steps_ratio": ratio, "of_all_steps": of_all}
+    return {"loss": loss, "steps": steps, **ratios, "fresh": fresh, "auto": auto}
 
 
 def measure(demo: Path, task: str, seed: int) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def test_bars_of_other_benchmarks_are_read_from_their_files(tmp_path: Path) -> N
 
 def test_the_ratio_is_of_the_first_steps_at_the_fresh_starts_last_loss() -> None:
     fresh = [(2, 0.9), (4, 0.5), (6, 0.6), (8, 0.5)]
-    assert transfer.compared(fresh, [(2, 0.5), (4, 0.4)])["steps_ratio"] == 0.5
+    early = transfer.compared(fresh, [(2, 0.5), (4, 0.4)])
+    assert (early["steps_ratio"], early["of_all_steps"]) == (0.5, 0.25)
     assert transfer.compared(fresh, fresh)["steps_ratio"] == 1.0
     assert transfer.compared(fresh, [(2, 0.7), (8, 0.6)])["steps_ratio"] is None
 

@@ -12,9 +12,12 @@ import yaml
 
 from flows import cell
 from flows.comparison import load_comparison
+from flows.config import load_config
 from flows.home import Home
+from flows.known import Known
 from flows.results import chosen, read_results
 from tests.command import Neft
+from tests.learnt import Learnt
 from tests.tiny import FILLERS, write_stream
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -79,6 +82,11 @@ def test_a_comparison_is_learnt_once_and_reported_from_mlflow_alone(
     assert pictures == {"r-matrix-neft.svg", "r-matrix-lora.svg", "average-accuracy.svg", "frontier.svg"}
     assert neft("compare", "--report", "metods").code == 2
     assert neft("compare", "--report", "methods", "--against", "lara").code == 2
+
+
+def test_what_a_run_computes_is_told_from_its_config_as_the_run_tags_it(learnt: Learnt) -> None:
+    run = learnt.mlflow.get_run(learnt.run.mlflow_run_id or "")
+    assert Known({}).identity(load_config(learnt.config)) == run.data.tags["neft.config_digest"]
 
 
 def _glue_rows(name: str, count: int) -> list[dict[str, object]]:
