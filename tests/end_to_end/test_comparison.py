@@ -60,8 +60,9 @@ def test_a_comparison_is_learnt_once_and_reported_from_mlflow_alone(
     states = json.loads(neft(*listing, "--known", kept).out)
     assert [each["state"] for each in states] == ["to learn"] * 4
 
-    found = json.loads(neft("compare", "--report", "methods", "--json").out)
-    assert list(found["methods"]) == ["neft", "lora"]
+    # Two were learnt at once, so either may have begun first.
+    found = json.loads(neft("compare", "--report", "methods", "--against", "neft", "--json").out)
+    assert set(found["methods"]) == {"neft", "lora"}
     assert [run["seed"] for run in found["runs"]] == [0, 0, 1, 1]
     results = read_results("methods", Home.find().mlflow_uri)
     for method, runs in chosen(results).items():

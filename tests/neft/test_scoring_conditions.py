@@ -95,8 +95,9 @@ def test_gradient_checkpointing_changes_neither_scores_nor_model(
     first.train(not training)
     list(model.parameters())[-1].requires_grad_(False)
     before = condition(model)
-    # A reentrant checkpoint adds up what T5's decoder layers have for the encoder in another order.
-    exact = not (reentrant and family == "t5")
+    # A reentrant checkpoint adds up what T5's decoder layers have for the encoder in another order; the other kind what
+    # its layers have for the position bias that they share, which `similarity` trains.
+    exact = family != "t5" or not (reentrant or name == "similarity")
     assert_same(score(plain, name, data(plain)), score(model, name, data(plain)), exact)
     assert condition(model) == before
 
