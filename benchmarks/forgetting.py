@@ -50,9 +50,16 @@ def collect(experiments: Sequence[str], uri: str) -> dict[str, Any]:
     comparisons = kept | {name: united(kept.get(name, ()), read_results(name, uri)) for name in experiments}
     here = machine(torch.device("cpu"))
     return {
-        "comparisons": {name: [result.to_dict() for result in results] for name, results in comparisons.items()},
+        "comparisons": {name: [_described(result) for result in results] for name, results in comparisons.items()},
         "machines": [*(each for each in machines if each != here), here],
     }
+
+
+def _described(result: Result) -> dict[str, Any]:
+    """A run as the file has it: files are named from the project's folder, wherever that lies on a machine."""
+    described = result.to_dict()
+    params = {key: str(value).removeprefix(f"{ROOT}/") for key, value in described["params"].items()}
+    return described | {"params": params}
 
 
 def results_of(document: Mapping[str, Any]) -> dict[str, list[Result]]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from neft.errors import InputError, nearest
 
@@ -27,7 +27,8 @@ def build(role: str, known: Mapping[str, type[Strategy]], choice: Choice) -> Str
     name: Any = choice if isinstance(choice, str) else options.pop("name", None)
     if not isinstance(name, str) or name not in known:
         raise InputError(f"unknown {role} {name!r}; {nearest(str(name), known)}")
-    allowed = {field.name for field in fields(known[name]) if field.init}  # type: ignore[arg-type]
+    # Every strategy is a dataclass, which the type of a Protocol cannot say; what it keeps for itself is no option.
+    allowed = {field.name for field in fields(cast(Any, known[name])) if field.init}
     for option in options:
         if option not in allowed:
             hint = nearest(option, allowed) if allowed else "it has no options"

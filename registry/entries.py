@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import func, select
 from sqlalchemy.engine import URL
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from neft.routing import Router, Signature
     from neft.scoring import Scores
     from neft.states import States
+
+_T = TypeVar("_T")
 
 
 class Registry(Ledger):
@@ -206,9 +208,7 @@ class Registry(Ledger):
         """
         from neft.scoring import Scores
 
-        if entry.scores_file is None:
-            return None
-        return Scores.load(self._artifacts.fetch(entry.scores_file, entry.reference))
+        return self._loaded(entry.scores_file, entry, Scores.load)
 
     def memory(self, entry: Entry) -> Memory | None:
         """What the protection policy keeps of the task, if it keeps anything.
@@ -218,9 +218,7 @@ class Registry(Ledger):
         """
         from neft.memory import Memory
 
-        if entry.memory_file is None:
-            return None
-        return Memory.load(self._artifacts.fetch(entry.memory_file, entry.reference))
+        return self._loaded(entry.memory_file, entry, Memory.load)
 
     def signature(self, entry: Entry) -> Signature | None:
         """What tells the task's inputs from others', if it was recorded.
@@ -230,9 +228,11 @@ class Registry(Ledger):
         """
         from neft.routing import Signature
 
-        if entry.signature_file is None:
-            return None
-        return Signature.load(self._artifacts.fetch(entry.signature_file, entry.reference))
+        return self._loaded(entry.signature_file, entry, Signature.load)
+
+    def _loaded(self, file: Artifact | None, entry: Entry, load: Callable[[Path], _T]) -> _T | None:
+        """What an entry's file holds, if it has one."""
+        return None if file is None else load(self._artifacts.fetch(file, entry.reference))
 
     def checkout(
         self,

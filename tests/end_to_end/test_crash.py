@@ -52,6 +52,6 @@ def test_killed_in_its_third_task_a_stream_finishes_as_if_undisturbed(
         for name in ("colours", "animals", "places"):
             assert after.get(name).state_digest == undisturbed.get(name).state_digest
             assert after.get(name).overlay_file == undisturbed.get(name).overlay_file
-    runs = resumed.mlflow.search_runs([resumed.run.tracking["experiment_id"]])  # type: ignore[index]
+    runs = resumed.mlflow.search_runs([resumed.run.tracking["experiment_id"]])
     assert sorted(run.info.run_name for run in runs) == ["animals", "colours", "places", "tiny"]
     assert {run.info.status for run in runs} == {"FINISHED"}

@@ -44,7 +44,7 @@ def scored(config: Path, tmp_path_factory: pytest.TempPathFactory, prefect_serve
 
 
 def test_the_oracle_forgets_nothing(scored: Learnt) -> None:
-    matrix, oracle = scored.run.matrix["rows"], modes_of(scored.run)["oracle"].rows  # type: ignore[index]
+    matrix, oracle = scored.run.matrix["rows"], modes_of(scored.run)["oracle"].rows
     metrics = scored.run.metrics or {}
     assert oracle == (tuple(matrix[0]), (matrix[1][0], None), (matrix[1][0], matrix[2][1]))
     assert metrics["oracle/backward_transfer"] == metrics["oracle/forgetting"] == 0

@@ -25,7 +25,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def children(learnt: Learnt) -> list[tuple[str, str | None, str]]:
     """Name, audit and status of each child run, the newest last."""
-    runs = learnt.mlflow.search_runs([learnt.run.tracking["experiment_id"]], order_by=["attributes.start_time ASC"])  # type: ignore[index]
+    runs = learnt.mlflow.search_runs([learnt.run.tracking["experiment_id"]], order_by=["attributes.start_time ASC"])
     return [
         (run.info.run_name, run.data.tags.get("neft.audit.identical"), run.info.status)
         for run in runs
@@ -47,7 +47,7 @@ def test_single_learns_each_task_from_the_base_model(
     started: list[str] = []
     real = Single.begin
 
-    def watched(self: Single, model) -> None:  # type: ignore[no-untyped-def] # whatever model the bench has
+    def watched(self: Single, model) -> None:  # whatever model the bench has
         real(self, model)
         started.append(state_digest(model))
 

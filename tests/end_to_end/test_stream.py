@@ -248,7 +248,7 @@ def test_a_failed_audit_fails_the_task_and_records_nothing_of_it(
 ) -> None:
     real = learning.train
 
-    def careless(model, tokenizer, task, *rest):  # type: ignore[no-untyped-def] # stands in for `train`, whatever its types
+    def careless(model, tokenizer, task, *rest):  # stands in for `train`, whatever its types
         result = real(model, tokenizer, task, *rest)
         if task.name == "animals":
             with torch.no_grad():
@@ -273,7 +273,7 @@ def test_a_diverged_task_is_not_recorded_and_the_mended_stream_goes_on(
         assert failed.status == "failed" and "diverged" in (failed.error or "")
         assert list(registry.list()) == []
     client = Learnt(stream, Home(tmp_path), failed).mlflow
-    assert {run.info.status for run in client.search_runs([failed.tracking["experiment_id"]])} == {"FAILED"}  # type: ignore[index]
+    assert {run.info.status for run in client.search_runs([failed.tracking["experiment_id"]])} == {"FAILED"}
     assert learn(stream, tmp_path, FEW_STEPS).run.status == "finished"
 
 
@@ -310,7 +310,7 @@ def test_an_interrupted_task_leaves_no_torn_run_behind(
     assert resumed.run.id == 1
     assert resumed.run.matrix == learnt.run.matrix
     runs = resumed.mlflow.search_runs(
-        [resumed.run.tracking["experiment_id"]],  # type: ignore[index]
+        [resumed.run.tracking["experiment_id"]],
         run_view_type=ViewType.ACTIVE_ONLY,
     )
     assert sorted(run.info.run_name for run in runs) == sorted(["tiny", *NAMES])

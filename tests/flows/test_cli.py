@@ -23,7 +23,7 @@ def at_home(learnt: Learnt, monkeypatch: pytest.MonkeyPatch) -> Learnt:
     return learnt
 
 
-def rewritten(folder: Path, change: Callable[[dict], None]) -> Path:  # type: ignore[type-arg] # YAML, of any shape
+def rewritten(folder: Path, change: Callable[[dict], None]) -> Path:  # YAML, of any shape
     """The tiny stream's config with one thing changed."""
     path = write_stream(folder)
     config = yaml.safe_load(path.read_text())
@@ -32,11 +32,11 @@ def rewritten(folder: Path, change: Callable[[dict], None]) -> Path:  # type: ig
     return path
 
 
-def _task(key: str, value: object) -> Callable[[dict], None]:  # type: ignore[type-arg]
+def _task(key: str, value: object) -> Callable[[dict], None]:
     return lambda config: config["tasks"][0].update({key: value})
 
 
-def _set(key: str, value: object) -> Callable[[dict], None]:  # type: ignore[type-arg]
+def _set(key: str, value: object) -> Callable[[dict], None]:
     return lambda config: config.update({key: value})
 
 

@@ -375,7 +375,7 @@ def test_a_config_is_frozen() -> None:
     config = validate_config(PLAIN, "x")
     assert isinstance(config, StreamConfig)
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 3  # type: ignore[misc]
+        config.seed = 3
 
 
 def test_evaluation_takes_trainings_length_where_it_names_none() -> None:

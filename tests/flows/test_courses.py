@@ -27,10 +27,10 @@ UNTOUCHED = (0.1, 0.2, 0.3)
 
 def matrix_of(name: str) -> AccuracyMatrix:
     """The R matrix after a whole course, where learning k lessons scores k + 0.1 * place."""
-    course, matrix = COURSES[name](), AccuracyMatrix(("one", "two", "three"), (), (1, 1, 2))  # type: ignore[index]
+    course, matrix = COURSES[name](), AccuracyMatrix(("one", "two", "three"), (), (1, 1, 2))
     matrix = course.measured(matrix, lambda place: UNTOUCHED[place])
     for learnt, _ in enumerate(course.lessons(TASKS), 1):
-        matrix = course.measured(matrix, lambda place, learnt=learnt: learnt + 0.1 * place)  # type: ignore[misc]
+        matrix = course.measured(matrix, lambda place, learnt=learnt: learnt + 0.1 * place)
     return matrix
 
 
@@ -88,6 +88,6 @@ def test_single_notices_that_the_base_is_not_had_back() -> None:
     course, model = COURSES["single"](), tiny_model()
     course.open(model)
     model.register_buffer("more", torch.ones(1))
-    model.load_state_dict = lambda state: None  # type: ignore[assignment,method-assign,misc,return-value]
+    model.load_state_dict = lambda state: None
     with pytest.raises(FailedError, match="the base model is not had back"):
         course.begin(model)

@@ -294,7 +294,7 @@ def test_an_unknown_family_shows_how_to_describe_it() -> None:
 def test_an_anatomy_makes_an_unknown_model_work(with_config: bool) -> None:
     net = Net()
     if with_config:
-        net.config = NetConfig()  # type: ignore[assignment]
+        net.config = NetConfig()
     with pytest.raises(InputError, match="is not known"):
         NeuronSpace.from_model(net)
     anatomy = Anatomy(ffn=(FeedForward(up="grow", down="shrink"),))
@@ -302,7 +302,7 @@ def test_an_anatomy_makes_an_unknown_model_work(with_config: bool) -> None:
     assert [(site.name, site.size) for site in space.sites] == [("layers.0.ffn", 10), ("layers.1.ffn", 10)]
     x = torch.randn(3, 6)
     neurons = NeuronSet(space, {"layers.1.ffn": [2, 7]})
-    with silenced(net.layers[1]["shrink"], "input", np.array([2, 7])):  # type: ignore[index]
+    with silenced(net.layers[1]["shrink"], "input", np.array([2, 7])):
         expected = net(x)
     for name, rows in Overlay.read(net, neurons).values.items():
         assert rows.shape == (2, 6), name

@@ -71,7 +71,7 @@ def test_accuracy_is_that_of_the_likelier_choice_and_the_model_is_left_as_it_was
     assert 0 < accuracy < 1
 
 
-def no_end():  # type: ignore[no-untyped-def]
+def no_end():
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     return tokenizer

@@ -41,7 +41,7 @@ def test_the_tokenizer_comes_with_the_model(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_come_in_the_asked_dtype(folder: Path, dtype: str) -> None:
-    loaded, _ = load_base(str(folder), dtype)  # type: ignore[arg-type]
+    loaded, _ = load_base(str(folder), dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
 
 

@@ -260,11 +260,11 @@ def test_a_set_is_frozen() -> None:
     with pytest.raises(ValueError, match="read-only"):
         chosen["a.ffn"][0] = 5
     with pytest.raises(TypeError):
-        chosen.indices["a.ffn"] = np.array([5])  # type: ignore[index]
+        chosen.indices["a.ffn"] = np.array([5])
     with pytest.raises(AttributeError):
-        chosen.space = OTHER  # type: ignore[misc]
+        chosen.space = OTHER
     with pytest.raises(AttributeError):
-        chosen.extra = 1  # type: ignore[attr-defined]
+        chosen.extra = 1
     assert chosen.fingerprint == before
 
 

@@ -126,9 +126,9 @@ def test_a_file_holds_the_rows_and_little_more(model: Any, neurons: NeuronSet, t
 def test_an_overlay_is_frozen(model: Any, neurons: NeuronSet) -> None:
     laid = overlay(neurons, model)
     with pytest.raises(TypeError):
-        laid.values[UP] = torch.zeros(1)  # type: ignore[index]
+        laid.values[UP] = torch.zeros(1)
     with pytest.raises(AttributeError):
-        laid.neurons = neurons.space.none()  # type: ignore[misc]
+        laid.neurons = neurons.space.none()
 
 
 def test_reading_copies(model: Any, neurons: NeuronSet) -> None:
