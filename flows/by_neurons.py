@@ -79,8 +79,6 @@ class ByNeurons(Learner):
         if entry is None:
             return None
         try:
-            # The neuron file is read too: a later task's protection needs it.
-            registry.neurons(entry)
             registry.overlay(entry).lay_on(standing.model)
         except FailedError as error:
             work.say(str(error))
@@ -162,12 +160,14 @@ class ByNeurons(Learner):
     def record(self, work: Work, measured: dict[str, Any], flow_run_id: str | None) -> Entry:
         outcome, standing, config = work.outcome, self._standing, self._setting.config
         assert outcome is not None
+        source = self._choice.source
         entry = self._registry.record(
             NewEntry(
                 task=work.task.name,
                 stream=config.stream,
                 base_model=self._setting.base,
                 parent=standing.chain[-1] if standing.chain else None,
+                reused_from=None if source is None else self._registry.get(source, base_model=self._setting.base),
                 input_digest=work.input_digest,
                 seed=config.seed,
                 data_fingerprint=work.task.train_fingerprint,

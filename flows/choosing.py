@@ -31,12 +31,14 @@ class Choice:
 
     Attributes:
         rows: what the rows are before training, where the task does not start from the model as it stands.
+        source: reference of the entry that the task starts from, if it starts from one.
         transfer: the evidence for what the task starts from, if transfer is on.
     """
 
     scores: Scores
     selection: Selection
     rows: Overlay | None = None
+    source: str | None = None
     transfer: dict[str, Any] | None = None
 
 
@@ -112,7 +114,7 @@ class Choosing:
         self.tracker.log(work.run_id, {f"transfer/{name.replace('@', '.')}": loss for name, loss in losses.items()}, 0)
         self.tracker.tag(work.run_id, {"neft.transfer": f"{start.kind} {start.source or ''}".strip()})
         work.say(begun.line)
-        return replace(choice, selection=start.selection, rows=start.rows, transfer=begun.evidence)
+        return replace(choice, selection=start.selection, rows=start.rows, source=start.source, transfer=begun.evidence)
 
     def _show(self, work: Work, selection: Selection, earlier: Sequence[Learnt]) -> None:
         """Show the choice, and what it leaves free, in MLflow, and say it."""

@@ -26,11 +26,11 @@ class Costs:
     def metrics(self, entries: Sequence[Entry], baseline: Baseline | None, tasks: int) -> dict[str, float]:
         """The costs by the names that MLflow shows.
 
-        What is stored are the files of the tasks' entries or, for a baseline, what it holds from task to task
+        What is stored are the files of the tasks' entries, their scores included, or, for a baseline, what it holds from task to task
         (`kept_bytes`), since it records none.
         """
         overlays = sum(entry.overlay_file.bytes for entry in entries)
-        neurons = sum(entry.neurons_file.bytes for entry in entries)
+        files = sum(file.bytes for entry in entries for file in entry.files)
         memory = sum(entry.memory_file.bytes for entry in entries if entry.memory_file)
         signatures = sum(entry.signature_file.bytes for entry in entries if entry.signature_file)
         kept = 0 if baseline is None else kept_bytes(baseline)
@@ -38,7 +38,7 @@ class Costs:
             "cost/seconds": time.perf_counter() - self._start,
             "cost/training_seconds": self.training_seconds,
             "cost/peak_memory_bytes": peak_memory(),
-            "cost/stored_bytes_per_task": (overlays + neurons + memory + signatures + kept) / tasks,
+            "cost/stored_bytes_per_task": (files + kept) / tasks,
             "cost/overlay_bytes_per_task": overlays / tasks,
             "cost/memory_bytes_per_task": memory / tasks,
             "cost/signature_bytes_per_task": signatures / tasks,

@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemy
 from sqlalchemy.orm import Session
 
 from neft.errors import FailedError, InputError
+from registry.artifacts import ArtifactStore
 from registry.schema import Base
 
 VERSION_TABLE = "neft_alembic_version"
@@ -41,8 +42,11 @@ def database_url(url: str) -> URL:
     """
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise InputError(f"registry url {url!r} is not a database URL; write postgresql://user@host/name") from error
+    except (ArgumentError, ValueError) as error:
+        # It is not shown: nobody can tell where a password stands in it.
+        raise InputError("registry url is not a database URL; write postgresql://user@host/name") from error
+    if "password" in parsed.query:  # where SQLAlchemy would show it
+        parsed = parsed.set(password=str(parsed.query["password"])).difference_update_query(["password"])
     if parsed.drivername in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "postgresql+psycopg" or (parsed.drivername == "sqlite" and parsed.database):
@@ -53,19 +57,66 @@ def database_url(url: str) -> URL:
     )
 
 
-class Database:
-    """Transactions on one database; opening it creates the schema where there is none."""
+def split_password(url: str) -> tuple[str, str | None]:
+    """A registry's URL without the password in it, and the password, if there is one.
 
-    def __init__(self, url: URL):
+    Raises:
+        InputError: as `database_url` has it.
+    """
+    parsed = database_url(url)
+    if parsed.password is None:
+        return url, None
+    # `set` takes None for "as it is".
+    bare = URL.create(parsed.drivername, parsed.username, None, parsed.host, parsed.port, parsed.database, parsed.query)
+    return bare.render_as_string(), parsed.password
+
+
+def with_password(url: str, password: str | None) -> str:
+    """A registry's URL with a password, where it has none and one is given.
+
+    Raises:
+        InputError: as `database_url` has it.
+    """
+    parsed = database_url(url)
+    if password is None or parsed.password is not None or parsed.drivername == "sqlite":
+        return url
+    return parsed.set(password=password).render_as_string(hide_password=False)
+
+
+class Database:
+    """Transactions on one database; opening it creates the schema where there is none.
+
+    Attributes:
+        upgraded: after an upgrade, the schema's revision before (None for an empty database) and after.
+    """
+
+    upgraded: tuple[str | None, str | None]
+
+    def __init__(self, url: URL, upgrade: ArtifactStore | None = None):
         """
+        Args:
+            upgrade: bring an older schema to this code's, with the files of its entries from this store; without it,
+                an older schema is refused.
+
         Raises:
             InputError: the driver is not installed, or the database belongs to another program.
-            FailedError: it cannot be reached, is corrupt, or has another schema than this code.
+            FailedError: it cannot be reached, is corrupt, has another schema than this code, or cannot be upgraded; an
+                upgrade that fails leaves it as it was.
         """
         self.name = url.database if url.drivername == "sqlite" else url.render_as_string()
         self._engine = _engine(url)
         self._writer = self._engine.execution_options(writing=True)
-        self._prepare()
+        if upgrade is None:
+            self._prepare()
+        else:
+            self.upgraded = self._upgrade(upgrade)
+
+    def _upgrade(self, artifacts: ArtifactStore) -> tuple[str | None, str | None]:
+        with self._reported(), self._engine.connect() as connection:
+            found, head = self._revisions(connection)
+        if found != head:
+            self._migrate(artifacts)
+        return found, head
 
     def close(self) -> None:
         self._engine.dispose()
@@ -107,36 +158,40 @@ class Database:
 
     def _prepare(self) -> None:
         with self._reported(), self._engine.connect() as connection:
-            ready = self._has_schema(connection)
-        if not ready:
-            with self._reported(), self._writer.begin() as connection:
-                self._create_schema(connection)
+            found, head = self._revisions(connection)
+        if found is None:
+            self._migrate(None)
+        elif found != head:
+            raise FailedError(
+                f"registry database {self.name} has schema {found}, older than this neft's {head}; "
+                "run `neft registry upgrade`"
+            )
 
-    def _create_schema(self, connection: Connection) -> None:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
-        # Nothing is left to do where another process has created it meanwhile.
-        command.upgrade(_alembic_config(connection), "head")
+    def _migrate(self, artifacts: ArtifactStore | None) -> None:
+        with self._reported(), self._writer.begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SCHEMA_LOCK})
+            # Nothing is left to do where another process has done it meanwhile.
+            command.upgrade(_alembic_config(connection, artifacts), "head")
 
-    def _has_schema(self, connection: Connection) -> bool:
-        """Whether the database has this code's schema; False for an empty database."""
+    def _revisions(self, connection: Connection) -> tuple[str | None, str | None]:
+        """The revision that the database has, None for an empty one, and the newest that this code knows.
+
+        Raises:
+            FailedError: the code does not know the database's revision.
+            InputError: the tables are another program's.
+        """
         found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
         script = ScriptDirectory.from_config(_alembic_config(connection))
         head = script.get_current_head()
-        if found == head:
-            return True
         if found is None:
             self._refuse_foreign(connection)
-            return False
-        if found in {revision.revision for revision in script.walk_revisions()}:
+        elif found not in {revision.revision for revision in script.walk_revisions()}:
             raise FailedError(
-                f"registry database {self.name} has schema {found}, older than this neft's {head}; "
-                "open it with the neft that wrote it, or start another registry"
+                f"registry database {self.name} has schema {found}, which this neft, whose newest is {head}, does not "
+                "know: a newer neft wrote it; upgrade neft"
             )
-        raise FailedError(
-            f"registry database {self.name} has schema {found}, which this neft, whose newest is {head}, does not "
-            "know: a newer neft wrote it; upgrade neft"
-        )
+        return found, head
 
     def _refuse_foreign(self, connection: Connection) -> None:
         foreign = sorted(set(inspect(connection).get_table_names()) & set(Base.metadata.tables))
@@ -191,10 +246,11 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
-def _alembic_config(connection: Connection) -> Config:
+def _alembic_config(connection: Connection, artifacts: ArtifactStore | None = None) -> Config:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
+    config.attributes["artifacts"] = artifacts
     return config
 
 

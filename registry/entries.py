@@ -11,22 +11,25 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from neft.errors import FailedError, InputError
-from registry.artifacts import Artifact, ArtifactStore
+from registry.artifacts import Artifact, ArtifactStore, FolderStore, open_store
+from registry.bitmaps import Numbering, bitmap_of, neurons_of, read, written
 from registry.database import Database, database_url
+from registry.labels import Labels
 from registry.ledger import Ledger
-from registry.queries import base_model_row, chain_rows, entry_of_input, locked_task, named_entry, parent_row
-from registry.records import Entry, NewEntry, plain
-from registry.schema import BaseModelRow, EntryRow, TaskRow
+from registry.queries import base_model_row, chain_rows, entry_of_input, linked_id, locked_task, named_entry
+from registry.records import Entry, NewEntry, flat_metrics, plain
+from registry.schema import BaseModelRow, EntryRow, MetricRow, NeuronSetRow, NeuronSpaceRow, TaskRow
 
 # torch and transformers take seconds to import; only what reads tensors or loads a model imports them, when it does.
 if TYPE_CHECKING:
+    from pyroaring import FrozenBitMap
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from neft.files import PathLike
     from neft.memory import Memory
     from neft.models import Dtype
-    from neft.neurons import NeuronSet
+    from neft.neurons import NeuronSet, NeuronSpace
     from neft.overlay import Overlay
     from neft.routing import Router, Signature
     from neft.scoring import Scores
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Registry(Ledger):
+class Registry(Ledger, Labels):
     """Entries, evaluations and runs in a database, and the files of the entries in an artifact store.
 
     Every method raises FailedError when the database or the store fails.
@@ -44,6 +47,11 @@ class Registry(Ledger):
     def __init__(self, database: Database, artifacts: ArtifactStore):
         super().__init__(database)
         self._artifacts = artifacts
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """Where the entries' files lie."""
+        return self._artifacts
 
     @classmethod
     def open(
@@ -54,25 +62,35 @@ class Registry(Ledger):
         Args:
             location: a folder that holds `registry.db` and `artifacts/`.
             url: another database, instead: `sqlite:///file.db` or `postgresql://user@host/name`.
-            artifacts: the folder of the files, for `url`.
+            artifacts: the store of the files, for `url`: a folder, or a URL that fsspec knows, such as s3://bucket/path.
 
         Raises:
             InputError: neither or both of `location` and `url`, or a URL that cannot be used.
             FailedError: the database cannot be opened, is corrupt, or was written by another neft.
         """
-        if location is not None and url is None and artifacts is None:
-            folder = Path(location)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FailedError(f"registry folder {folder} cannot be made: {error}; choose another") from error
-            return cls(
-                Database(URL.create("sqlite", database=str(folder / "registry.db"))),
-                ArtifactStore(folder / "artifacts"),
-            )
-        if location is None and url is not None and artifacts is not None:
-            return cls(Database(database_url(url)), ArtifactStore(Path(artifacts)))
-        raise InputError("a registry is a folder, or a database `url` together with an `artifacts` folder; give one")
+        database, store = located(location, url, artifacts)
+        return cls(Database(database), store)
+
+    @classmethod
+    def upgrade(
+        cls, location: PathLike | None = None, *, url: str | None = None, artifacts: PathLike | None = None
+    ) -> tuple[str | None, str | None]:
+        """Bring a registry that an older neft wrote to this neft's schema: all of it, or nothing.
+
+        Args:
+            location, url, artifacts: as `open` takes them.
+
+        Returns:
+            The schema's revision before, None where there was none, and after.
+
+        Raises:
+            InputError: as `open` has it.
+            FailedError: a newer neft wrote it, or a file of an entry that the upgrade reads is missing or damaged.
+        """
+        address, store = located(location, url, artifacts)
+        database = Database(address, upgrade=store)
+        database.close()
+        return database.upgraded
 
     # What has been learnt: recording
 
@@ -116,7 +134,7 @@ class Registry(Ledger):
             FailedError: the disk is full, or the store or database fails; nothing is recorded.
         """
         columns = _columns(new)
-        parent_id = new.parent.id if isinstance(new.parent, Entry) else new.parent
+        bitmap = bitmap_of(new.neurons)
         for name, file in self._stored(new).items():
             columns |= {f"{name}_sha256": file.sha256, f"{name}_bytes": file.bytes}
 
@@ -129,16 +147,21 @@ class Registry(Ledger):
                 task = locked_task(session, new.task, base)
                 versions = select(func.max(EntryRow.version)).where(EntryRow.task_id == task.id)
                 row = EntryRow(task=task, version=(session.scalar(versions) or 0) + 1, **columns)
-                if parent_id is not None:
-                    row.parent = parent_row(session, parent_id, base)
+                for name in ("parent", "reused_from", "forgets"):
+                    setattr(row, f"{name}_id", linked_id(session, name, getattr(new, name), base))
                 session.add(row)
                 session.flush()
+                _add_neurons(session, row.id, new.neurons.space, bitmap)
+                session.add_all(
+                    MetricRow(entry_id=row.id, name=name, value=value)
+                    for name, value in flat_metrics(row.metrics).items()
+                )
             return Entry.from_row(row)
 
         return self._database.write(work)
 
     def _stored(self, new: NewEntry) -> dict[str, Artifact]:
-        saves: dict[str, Callable[[Path], None]] = {"neurons": new.neurons.save, "overlay": new.overlay.save}
+        saves: dict[str, Callable[[Path], None]] = {"overlay": new.overlay.save}
         optional = {"scores": new.scores, "memory": new.memory, "signature": new.signature}
         saves |= {name: kept.save for name, kept in optional.items() if kept is not None}
         return {name: self._artifacts.put(name, save) for name, save in saves.items()}
@@ -155,12 +178,12 @@ class Registry(Ledger):
         """A task's entry, the newest unless a version is asked for.
 
         Args:
-            task: its name, or `name@version`.
+            task: its name, `name@version`, or `name@alias`.
             version: the version, 1 and up.
             base_model: its name, or how its fingerprint begins; needed when the task was learnt on several.
 
         Raises:
-            InputError: no such task or version, or several base models.
+            InputError: no such task, version or alias, or several base models.
         """
         with self._database.reading() as session:
             return Entry.from_row(named_entry(session, task, version, base_model))
@@ -183,13 +206,18 @@ class Registry(Ledger):
     # What has been learnt: the files
 
     def neurons(self, entry: Entry) -> NeuronSet:
-        """
-        Raises:
-            FailedError: the file is missing, truncated or altered.
-        """
-        from neft.neurons import NeuronSet
+        """The entry's neuron set.
 
-        return NeuronSet.load(self._artifacts.fetch(entry.neurons_file, entry.reference))
+        Raises:
+            FailedError: it is damaged.
+        """
+        from neft.neurons import NeuronSpace
+
+        with self._database.reading() as session:
+            row = session.get_one(NeuronSetRow, entry.id)
+            described = session.get_one(NeuronSpaceRow, row.space_fingerprint).description
+        numbering = Numbering.of(row.space_fingerprint, described)
+        return neurons_of(read(row.bitmap, numbering, entry.reference), NeuronSpace.from_dict(described), numbering)
 
     def overlay(self, entry: Entry) -> Overlay:
         """
@@ -330,6 +358,28 @@ class Registry(Ledger):
                 "again in a new registry"
             )
         return Router({reference: signature for reference, signature in signatures.items() if signature is not None})
+
+
+def located(location: PathLike | None, url: str | None, artifacts: PathLike | None) -> tuple[URL, ArtifactStore]:
+    """The database and the store that `Registry.open` is asked for; a folder is made."""
+    if location is not None and url is None and artifacts is None:
+        folder = Path(location)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FailedError(f"registry folder {folder} cannot be made: {error}; choose another") from error
+        return URL.create("sqlite", database=str(folder / "registry.db")), FolderStore(folder / "artifacts")
+    if location is None and url is not None and artifacts is not None:
+        return database_url(url), open_store(artifacts)
+    raise InputError("a registry is a folder, or a database `url` together with an `artifacts` store; give one")
+
+
+def _add_neurons(session: Session, entry_id: int, space: NeuronSpace, bitmap: FrozenBitMap) -> None:
+    """Write the entry's neurons, and their space where it is new."""
+    if session.get(NeuronSpaceRow, space.fingerprint) is None:
+        session.add(NeuronSpaceRow(fingerprint=space.fingerprint, description=space.to_dict(), neurons=len(space)))
+        session.flush()
+    session.add(NeuronSetRow(entry_id=entry_id, space_fingerprint=space.fingerprint, bitmap=written(bitmap)))
 
 
 def _columns(new: NewEntry) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from neft.errors import InputError, nearest
-from registry.schema import BaseModelRow, EntryRow, EvaluationRow, RunRow, TaskRow
+from registry.records import Entry
+from registry.schema import AliasRow, BaseModelRow, EntryRow, EvaluationRow, RunRow, TaskRow
 
 
 def base_model_row(session: Session, fingerprint: str) -> BaseModelRow | None:
@@ -40,60 +41,80 @@ def locked_task(session: Session, name: str, base: BaseModelRow) -> TaskRow:
     return task
 
 
-def parent_row(session: Session, parent_id: int, base: BaseModelRow) -> EntryRow:
-    """The entry to build on.
+def linked_id(session: Session, link: str, entry: Entry | int | None, base: BaseModelRow) -> int | None:
+    """The id of an entry that a new one names as its `parent`, or in another link; None for none.
 
     Raises:
-        InputError: there is none, or it is of another base model.
+        InputError: there is no such entry, or it is of another base model.
     """
-    parent = session.get(EntryRow, parent_id)
-    if parent is None:
-        raise InputError(f"parent entry {parent_id} is not in the registry; record it first")
-    if parent.task.base_model_id != base.id:
+    if entry is None:
+        return None
+    entry_id = entry if isinstance(entry, int) else entry.id
+    row = session.get(EntryRow, entry_id)
+    what = link.replace("_", " ")
+    if row is None:
+        raise InputError(f"{what} entry {entry_id} is not in the registry; record it first")
+    if row.task.base_model_id != base.id:
         raise InputError(
-            f"parent {parent.task.name}@{parent.version} is of base model {parent.task.base_model.fingerprint[:12]}, "
+            f"{what} {row.task.name}@{row.version} is of base model {row.task.base_model.fingerprint[:12]}, "
             f"not {base.fingerprint[:12]}; a chain keeps to one base model"
         )
-    return parent
+    return row.id
 
 
-def _split_reference(reference: str, version: int | None) -> tuple[str, int | None]:
-    """Task and version of `task`, or of `task@3`.
+def _split_reference(reference: str, version: int | None) -> tuple[str, int | str | None]:
+    """Task and version of `task` or `task@3`, or task and alias of `task@champion`.
 
     Raises:
-        InputError: what follows the `@` is no version, or not the `version` that was given beside it.
+        InputError: nothing follows the `@`, or not the `version` that was given beside it.
     """
     task, at, written = reference.partition("@")
     if not at:
         return task, version
-    if not written.isdecimal():
-        raise InputError(f"{reference!r} has no version after '@'; write {task}@3, or {task} for the newest")
-    if version not in (None, int(written)):
+    if not written:
+        raise InputError(f"{reference!r} has nothing after '@'; write {task}@3, {task}@ALIAS, or {task} for the newest")
+    found = int(written) if written.isdecimal() else written
+    if version not in (None, found):
         raise InputError(f"{reference!r} and version {version} disagree; give one of them")
-    return task, int(written)
+    return task, found
 
 
 def named_entry(session: Session, reference: str, version: int | None, base_model: str | None) -> EntryRow:
-    """The entry of a task, the newest unless a version is asked for.
+    """The entry of a task, the newest unless a version or an alias is asked for.
 
     Raises:
-        InputError: no such task or version, or a task of several base models when none is named.
+        InputError: no such task, version or alias, or a task of several base models when none is named.
     """
-    name, version = _split_reference(reference, version)
-    task = _task(session, name, base_model)
-    query = select(EntryRow).where(EntryRow.task_id == task.id).order_by(EntryRow.version.desc()).limit(1)
-    newest = session.scalars(query).one()
-    if version in (None, newest.version):
-        return newest
-    row = session.scalars(
-        select(EntryRow).where(EntryRow.task_id == task.id, EntryRow.version == version)
-    ).one_or_none()
+    name, wanted = _split_reference(reference, version)
+    task = named_task(session, name, base_model)
+    if isinstance(wanted, str):
+        return _aliased_entry(session, task, wanted)
+    query = select(EntryRow).where(EntryRow.task_id == task.id)
+    if wanted is None:
+        return session.scalars(query.order_by(EntryRow.version.desc()).limit(1)).one()
+    row = session.scalars(query.where(EntryRow.version == wanted)).one_or_none()
     if row is None:
-        raise InputError(f"task {name!r} has no version {version}; its versions are 1 to {newest.version}")
+        newest = session.scalar(select(func.max(EntryRow.version)).where(EntryRow.task_id == task.id))
+        raise InputError(f"task {name!r} has no version {wanted}; its versions are 1 to {newest}")
     return row
 
 
-def _task(session: Session, name: str, base_model: str | None) -> TaskRow:
+def _aliased_entry(session: Session, task: TaskRow, alias: str) -> EntryRow:
+    query = select(EntryRow).join(AliasRow, AliasRow.entry_id == EntryRow.id)
+    row = session.scalars(query.where(AliasRow.task_id == task.id, AliasRow.name == alias)).one_or_none()
+    if row is None:
+        known = session.scalars(select(AliasRow.name).where(AliasRow.task_id == task.id)).all()
+        hint = nearest(alias, known) if known else "it has none; set one with `neft registry alias`"
+        raise InputError(f"task {task.name!r} has no alias {alias!r}; {hint}")
+    return row
+
+
+def named_task(session: Session, name: str, base_model: str | None) -> TaskRow:
+    """The task of that name.
+
+    Raises:
+        InputError: there is none, or it was learnt on several base models and none is named.
+    """
     tasks = session.scalars(select(TaskRow).where(TaskRow.name == name).order_by(TaskRow.id)).all()
     if not tasks:
         known = session.scalars(select(TaskRow.name).distinct()).all()

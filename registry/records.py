@@ -37,6 +37,20 @@ def plain(name: str, value: Any) -> Any:
         ) from error
 
 
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among an entry's metrics, by the names that a search knows them by.
+
+    A number in a mapping has the mapping's name before its own: `continual/forgetting`, `scores/bbc-topic`.
+    """
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": number for inner, number in flat_metrics(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = float(value)
+    return found
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model: the fingerprint of its weights and config, and where it was loaded from, in which dtype."""
@@ -60,6 +74,8 @@ class NewEntry:
         task: the task's name; without `@`, which sets the version apart in `task@3`.
         base_model: fingerprint of the base model.
         parent: the entry it was built on, or its id; None for the first of a chain.
+        reused_from: the entry that its rows or neurons were taken from, or its id, if any.
+        forgets: the entry of its chain that it takes out, or its id, if it does.
         input_digest: SHA-256 of all that decides the result (model, data, method, seed, parent).
         method: kinds, scorer, budget, selection, protection.
         state_digest: `neft.audit.state_digest` of the model with the overlay laid on.
@@ -88,6 +104,8 @@ class NewEntry:
     prefect_flow_run_id: str | None = None
     memory: Memory | None = None
     signature: Signature | None = None
+    reused_from: Entry | int | None = None
+    forgets: Entry | int | None = None
 
     def __post_init__(self) -> None:
         """
@@ -106,8 +124,9 @@ class NewEntry:
 class Entry:
     """One version of a task's neuron set and overlay, as recorded. It never changes.
 
-    `parent` is its parent's reference, `task@version`. `neurons_file` and the like name what is in the artifact store;
-    `Registry.neurons`, `.scores`, `.overlay`, `.memory` and `.signature` read them.
+    `parent` is its parent's reference, `task@version`; so are `reused_from`, the entry that its rows or neurons were
+    taken from, and `forgets`, the entry of its chain that it takes out. `overlay_file` and the like name what is in the
+    artifact store; `Registry.scores`, `.overlay`, `.memory` and `.signature` read them, and `Registry.neurons` the set.
     """
 
     id: int
@@ -117,12 +136,13 @@ class Entry:
     base_model: BaseModel = field(repr=False)
     parent_id: int | None
     parent: str | None
+    reused_from: str | None
+    forgets: str | None
     input_digest: str
     seed: int
     data_fingerprint: str
     method: Mapping[str, Any]
     training: Mapping[str, Any]
-    neurons_file: Artifact
     scores_file: Artifact | None
     overlay_file: Artifact
     memory_file: Artifact | None
@@ -152,13 +172,14 @@ class Entry:
             stream=row.stream,
             base_model=BaseModel.from_row(row.task.base_model),
             parent_id=row.parent_id,
-            parent=f"{row.parent.task.name}@{row.parent.version}" if row.parent else None,
+            parent=row.parent,
+            reused_from=row.reused_from,
+            forgets=row.forgets,
             input_digest=row.input_digest,
             seed=row.seed,
             data_fingerprint=row.data_fingerprint,
             method=row.method,
             training=row.training,
-            neurons_file=Artifact("neurons", row.neurons_sha256, row.neurons_bytes),
             scores_file=_optional("scores", row.scores_sha256, row.scores_bytes),
             overlay_file=Artifact("overlay", row.overlay_sha256, row.overlay_bytes),
             memory_file=_optional("memory", row.memory_sha256, row.memory_bytes),
@@ -174,6 +195,12 @@ class Entry:
             versions=row.versions,
             created_at=row.created_at,
         )
+
+    @property
+    def files(self) -> tuple[Artifact, ...]:
+        """All that the entry has in the artifact store."""
+        found = (self.overlay_file, self.scores_file, self.memory_file, self.signature_file)
+        return tuple(file for file in found if file is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     JSON,
@@ -12,12 +12,26 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     ForeignKey,
+    Index,
+    LargeBinary,
     MetaData,
+    String,
     TypeDecorator,
     UniqueConstraint,
+    cast,
     event,
+    select,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column, relationship
+from sqlalchemy.orm import (
+    ColumnProperty,
+    DeclarativeBase,
+    Mapped,
+    Mapper,
+    aliased,
+    column_property,
+    mapped_column,
+    relationship,
+)
 
 from neft.errors import FailedError
 
@@ -93,15 +107,15 @@ class EntryRow(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
     version: Mapped[int]
-    parent_id: Mapped[int | None] = mapped_column(ForeignKey("entries.id"))
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("entries.id"), index=True)
+    reused_from_id: Mapped[int | None] = mapped_column(ForeignKey("entries.id"))
+    forgets_id: Mapped[int | None] = mapped_column(ForeignKey("entries.id"))
     stream: Mapped[str] = mapped_column(index=True)
     input_digest: Mapped[str] = mapped_column(index=True, unique=True)
     seed: Mapped[int] = mapped_column(BigInteger)
     data_fingerprint: Mapped[str]
     method: Mapped[dict[str, Any]]
     training: Mapped[dict[str, Any]]
-    neurons_sha256: Mapped[str]
-    neurons_bytes: Mapped[int] = mapped_column(BigInteger)
     scores_sha256: Mapped[str | None]
     scores_bytes: Mapped[int | None] = mapped_column(BigInteger)
     overlay_sha256: Mapped[str]
@@ -122,7 +136,78 @@ class EntryRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
     task: Mapped[TaskRow] = relationship(lazy="joined", innerjoin=True)
-    parent: Mapped[EntryRow | None] = relationship(remote_side="EntryRow.id", lazy="joined", join_depth=1)
+
+    if TYPE_CHECKING:
+        # References, `task@version`, of the entries that three columns above name; set below.
+        parent: Mapped[str | None]
+        reused_from: Mapped[str | None]
+        forgets: Mapped[str | None]
+
+
+def _reference_of(entry_id: Any) -> ColumnProperty[str]:
+    """The reference of the entry of that id, read with the row: its whole row is not needed."""
+    other = aliased(EntryRow)
+    written = TaskRow.name + "@" + cast(other.version, String)
+    query = select(written).join_from(other, TaskRow, other.task_id == TaskRow.id).where(other.id == entry_id)
+    return column_property(query.correlate(EntryRow).scalar_subquery())
+
+
+EntryRow.parent = _reference_of(EntryRow.parent_id)  # type: ignore[assignment]
+EntryRow.reused_from = _reference_of(EntryRow.reused_from_id)  # type: ignore[assignment]
+EntryRow.forgets = _reference_of(EntryRow.forgets_id)  # type: ignore[assignment]
+
+
+class NeuronSpaceRow(Base):
+    """A neuron space: what the numbers in a bitmap mean."""
+
+    __tablename__ = "neuron_spaces"
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    description: Mapped[dict[str, Any]]
+    neurons: Mapped[int] = mapped_column(BigInteger)
+
+
+class NeuronSetRow(Base):
+    """The neurons of an entry, as `registry.bitmaps` writes them. Apart from the entry, since few look-ups need it."""
+
+    __tablename__ = "neuron_sets"
+
+    entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id"), primary_key=True)
+    space_fingerprint: Mapped[str] = mapped_column(ForeignKey("neuron_spaces.fingerprint"), index=True)
+    bitmap: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class MetricRow(Base):
+    """One number among an entry's metrics, so that entries can be searched by it."""
+
+    __tablename__ = "entry_metrics"
+    __table_args__ = (Index(None, "name", "value"),)
+
+    entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
+class AliasRow(Base):
+    """A movable name for one of a task's entries."""
+
+    __tablename__ = "aliases"
+
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id"), index=True)
+    moved_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class TagRow(Base):
+    """What somebody has noted on an entry under a key."""
+
+    __tablename__ = "entry_tags"
+    __table_args__ = (Index(None, "key", "value"),)
+
+    entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
 
 
 class EvaluationRow(Base):
@@ -168,3 +253,9 @@ class RunRow(Base):
 @event.listens_for(EntryRow, "before_delete")
 def _refuse_change(mapper: Mapper[EntryRow], connection: object, entry: EntryRow) -> None:
     raise FailedError(f"entry {entry.id} is immutable: it can be neither changed nor deleted; record a new version")
+
+
+@event.listens_for(NeuronSetRow, "before_update")
+@event.listens_for(NeuronSetRow, "before_delete")
+def _refuse_other_neurons(mapper: Mapper[NeuronSetRow], connection: object, row: NeuronSetRow) -> None:
+    raise FailedError(f"the neurons of entry {row.entry_id} are immutable; record a new version")

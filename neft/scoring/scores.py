@@ -48,8 +48,13 @@ class Scores:
         object.__setattr__(self, "values", MappingProxyType(checked))
 
     def save(self, path: PathLike) -> None:
-        """Write the scores and their space to one safetensors file."""
-        save_tensors(path, _FILE_KIND, self.values, {"space": self.space.to_dict()})
+        """Write the scores and their space to one safetensors file, in 2 bytes each.
+
+        They are float16, as shares of the largest magnitude of their site: to 3 digits, and 0 below a 1.6e7th of it.
+        """
+        largest = {name: float(values.abs().max()) or 1.0 for name, values in self.values.items()}
+        shares = {name: (values.double() / largest[name]).half() for name, values in self.values.items()}
+        save_tensors(path, _FILE_KIND, shares, {"space": self.space.to_dict(), "largest": largest})
 
     @classmethod
     def load(cls, path: PathLike) -> Scores:
@@ -58,8 +63,11 @@ class Scores:
             InputError: no such file, or not a file of scores.
             FailedError: the file is corrupt.
         """
-        tensors, description = load_tensors(path, _FILE_KIND)
-        return cls(NeuronSpace.from_dict(description["space"]), tensors)
+        shares, description = load_tensors(path, _FILE_KIND)
+        # A file of before 0.2 holds the scores as they are.
+        largest = description.get("largest", {})
+        values = {name: (share.double() * largest.get(name, 1.0)).float() for name, share in shares.items()}
+        return cls(NeuronSpace.from_dict(description["space"]), values)
 
 
 class Scorer(Protocol):

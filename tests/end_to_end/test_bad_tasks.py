@@ -311,14 +311,14 @@ def test_a_failing_record_is_no_fault_of_the_task(tmp_path: Path, monkeypatch: p
 def test_a_damaged_file_of_an_earlier_task_is_no_fault_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Registry.neurons
+    real = Registry.scores
 
     def damaged(registry: Registry, entry: Any) -> Any:
-        file = next((tmp_path / "home" / "registry").rglob(f"{entry.neurons_file.sha256}*"))
+        file = next((tmp_path / "home" / "registry").rglob(f"{entry.scores_file.sha256}*"))
         file.write_bytes(file.read_bytes()[:-1])
         return real(registry, entry)
 
-    monkeypatch.setattr(Registry, "neurons", damaged)
+    monkeypatch.setattr(Registry, "scores", damaged)
     with pytest.raises(RecordError, match=r"colours@1"):
         learn(write_stream(tmp_path, on_failure="skip", training=SHORT, evaluation={}), tmp_path / "home")
 

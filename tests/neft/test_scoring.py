@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from neft.audit import state_digest
 from neft.encoding import IGNORED
 from neft.errors import FailedError, InputError
+from neft.files import load_tensors, save_tensors
 from neft.neurons import KINDS, NeuronSpace
 from neft.scoring import SCORERS, Scorer, Scores
 from neft.scoring.keystone import Keystone
@@ -332,7 +333,30 @@ def test_scores_are_saved_and_loaded(scores: Scores, tmp_path: Path) -> None:
     scores.save(tmp_path / "scores.safetensors")
     loaded = Scores.load(tmp_path / "scores.safetensors")
     assert loaded.space == scores.space
-    assert_same(loaded, scores)
+    for name, values in scores.values.items():
+        # To 11 bits; and what is 2^-25 of the site's largest may be 0.
+        assert torch.allclose(loaded.values[name], values, rtol=2**-11, atol=float(values.abs().max()) * 2**-24)
+    # What was read is written as it is.
+    loaded.save(tmp_path / "again.safetensors")
+    assert_same(Scores.load(tmp_path / "again.safetensors"), loaded)
+
+
+def test_scores_are_kept_in_two_bytes_whatever_their_magnitude(tmp_path: Path) -> None:
+    space = NeuronSpace.from_model(tiny_model())
+    for factor in (1e-30, 1.0, 1e30, 0.0, -1e-9):
+        values = {site.name: factor * torch.linspace(0.5, 1, site.size) for site in space.sites}
+        Scores(space, values).save(tmp_path / "scores.safetensors")
+        loaded = Scores.load(tmp_path / "scores.safetensors").values
+        for name, expected in values.items():
+            assert torch.allclose(loaded[name], expected, rtol=2**-11, atol=0)
+    tensors, _ = load_tensors(tmp_path / "scores.safetensors", "neft-scores")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_scores_of_an_older_file_are_read_as_they_are(scores: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    save_tensors(path, "neft-scores", scores.values, {"space": scores.space.to_dict()})
+    assert_same(Scores.load(path), scores)
 
 
 def test_a_foreign_or_broken_file_is_refused(scores: Scores, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from neft.models import load_base
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.overlay import Overlay
 from registry import Entry, NewEntry, Registry
+from tests.registry.postgres import new_database
 
 Weights = dict[str, torch.Tensor]
 
@@ -126,7 +127,39 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry(folder: Path) -> Iterator[Registry]:
+    """A registry in a folder, on SQLite."""
     opened = Registry.open(folder)
+    yield opened
+    opened.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a registry is: what `Registry.open` takes, so that other processes can open it too."""
+
+    kind: str
+    arguments: dict[str, Any]
+    #: The folder of its files.
+    artifacts: Path
+
+    def open(self) -> Registry:
+        return Registry.open(**self.arguments)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
+    """A registry's place on each database; what uses it runs on SQLite and on a real PostgreSQL."""
+    if request.param == "sqlite":
+        yield Place("sqlite", {"location": folder}, folder / "artifacts")
+        return
+    with new_database() as url:
+        yield Place("postgresql", {"url": url, "artifacts": folder / "artifacts"}, folder / "artifacts")
+
+
+@pytest.fixture
+def anywhere(place: Place) -> Iterator[Registry]:
+    """An open registry on each database."""
+    opened = place.open()
     yield opened
     opened.close()
 

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from neft.errors import FailedError
-from registry.artifacts import Artifact, ArtifactStore
+from registry.artifacts import Artifact, FolderStore
 
 CONTENT = b"rows of numbers"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -15,7 +15,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def store(tmp_path):
-    return ArtifactStore(tmp_path / "artifacts")
+    return FolderStore(tmp_path / "artifacts")
 
 
 def put(store):

@@ -83,9 +83,9 @@ def test_a_newer_database_is_refused(folder):
 def test_an_older_database_is_refused(folder, tmp_path, monkeypatch):
     Registry.open(folder).close()
     later = shutil.copytree(registry.database._MIGRATIONS, tmp_path / "migrations")
-    (later / "versions" / "0003_later.py").write_text("revision = '0003'\ndown_revision = '0002'\n")
+    (later / "versions" / "0004_later.py").write_text("revision = '0004'\ndown_revision = '0003'\n")
     monkeypatch.setattr(registry.database, "_MIGRATIONS", later)
-    with pytest.raises(FailedError, match="has schema 0002, older than this neft's 0003"):
+    with pytest.raises(FailedError, match="has schema 0003, older than this neft's 0004; run `neft registry upgrade`"):
         Registry.open(folder)
 
 
@@ -134,7 +134,7 @@ def test_a_database_by_url(tmp_path, base, new_pupil):
     new_pupil(opened, base).record("sst2")
     opened.close()
     assert (tmp_path / "named.db").exists()
-    assert len(list((tmp_path / "files").glob("*/*.safetensors"))) == 2
+    assert len(list((tmp_path / "files").glob("*/*.safetensors"))) == 1
 
 
 def test_a_database_that_stays_locked(registry, folder, monkeypatch):

@@ -49,7 +49,9 @@ def test_an_entry_comes_back_as_it_was_recorded(folder, registry, pupil):
     loaded = reopened.overlay(entry)
     assert all(torch.equal(loaded.values[name], rows) for name, rows in new.overlay.values.items())
     values = reopened.scores(entry).values
-    assert all(torch.equal(values[name], rows) for name, rows in scores.values.items())
+    for name, rows in scores.values.items():
+        # Kept as float16 shares of the site's largest.
+        assert torch.allclose(values[name], rows, rtol=2**-11, atol=float(rows.abs().max()) * 2**-24)
     reopened.close()
 
 
@@ -90,7 +92,8 @@ def test_to_dict_is_json(pupil):
         ("sst2", 3, "no version 3; its versions are 1 to 1"),
         ("sst2@3", None, "no version 3; its versions are 1 to 1"),
         ("sst2@0", None, "no version 0"),
-        ("sst2@newest", None, "write sst2@3"),
+        ("sst2@newest", None, "no alias 'newest'; it has none"),
+        ("sst2@", None, "nothing after '@'; write sst2@3"),
         ("sst2@1", 2, "disagree"),
         ("'; DROP TABLE entries; --", None, "no task"),
     ],
