@@ -6,13 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from flows.registries import check_store
 from neft.architectures import Anatomy
 from neft.baselines import BASELINES
 from neft.errors import InputError, nearest
@@ -26,6 +35,7 @@ from neft.strategies import Choice, anchored, build
 from neft.tasks import Spec, TaskSpec
 from neft.training_spec import TrainingSpec
 from neft.transfer_spec import TransferSpec
+from registry.database import database_url, split_password
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -89,9 +99,33 @@ class TrackingSpec(Spec):
 
 
 class RegistrySpec(Spec):
-    """Where entries are recorded."""
+    """Where entries are recorded. The environment (`NEFT_REGISTRY_URL` and `NEFT_REGISTRY_ARTIFACTS`) stands in for
+    what is absent; `NEFT_REGISTRY_PASSWORD` is the password of a `url` without one. It is recorded nowhere.
+    """
 
     location: Path | None = Field(None, description="folder of the registry; default: `registry` in neft's home")
+    url: str | None = Field(
+        None,
+        repr=False,
+        description="database, in place of `location`: `postgresql://user@host/name` or `sqlite:///file.db`",
+    )
+    artifacts: str | None = Field(
+        None, description="store of the files, beside `url`: a folder, or a URL that fsspec knows: `s3://bucket/path`"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.url is None) != (self.artifacts is None) or (self.url is not None and self.location is not None):
+            raise ValueError("give either `location`, a folder, or both `url` and `artifacts`")
+        if self.url is not None and self.artifacts is not None:
+            database_url(self.url)
+            check_store("artifacts", self.artifacts)
+        return self
+
+    @field_serializer("url")
+    def _without_password(self, url: str | None) -> str | None:
+        """What is handed on and recorded; `flows.registries.keep_password` has the password."""
+        return None if url is None else split_password(url)[0]
 
 
 class StreamConfig(Spec):
@@ -330,10 +364,22 @@ def _anchored(config: StreamConfig, folder: Path) -> StreamConfig:
     anchored = _with_paths(config, folder)
     name = config.model.name
     local = name.startswith(("./", "../", "~")) or name.endswith(".gguf") or (folder / name).is_dir()
+    changes: dict[str, Any] = {"registry": _registry_anchored(anchored.registry, folder)}
     if local:
         absolute = str((folder / Path(name).expanduser()).resolve())
-        anchored = anchored.model_copy(update={"model": config.model.model_copy(update={"name": absolute})})
-    return anchored
+        changes["model"] = config.model.model_copy(update={"name": absolute})
+    return anchored.model_copy(update=changes)
+
+
+def _registry_anchored(spec: RegistrySpec, folder: Path) -> RegistrySpec:
+    if spec.url is None or spec.artifacts is None:
+        return spec
+    changes = {}
+    if "://" not in spec.artifacts:
+        changes["artifacts"] = str((folder / Path(spec.artifacts).expanduser()).resolve())
+    if spec.url.startswith("sqlite:///"):
+        changes["url"] = "sqlite:///" + str((folder / spec.url.removeprefix("sqlite:///")).resolve())
+    return spec.model_copy(update=changes)
 
 
 def _with_paths(value: Any, folder: Path) -> Any:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from flows.config import StreamConfig
 from flows.environment import prepare
 from flows.home import Home
+from flows.registries import Where, keep_password
 from neft.errors import FailedError
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def run_stream(config: StreamConfig, debug: bool = False) -> int:
     prepare(config, home, debug)
     from flows.stream import learn_stream
 
-    folder = config.registry.location or home.registry
-    with _alone(config.stream, folder), _without_heartbeat(), _prefect_named():
+    keep_password(config.registry)
+    with _alone(config.stream, Where.of(config.registry).locks), _without_heartbeat(), _prefect_named():
         return learn_stream(config.stream, config.model_dump(mode="json"))
 
 
@@ -61,10 +62,10 @@ def run_comparison(
     from flows.compare import learn_comparison
     from flows.tuning import Ledger
 
-    folder = config.registry.location or home.registry
+    keep_password(config.registry)
     seconds = None if minutes is None else 60 * minutes
     with (
-        _alone(f"compare-{comparison.name}", folder),
+        _alone(f"compare-{comparison.name}", Where.of(config.registry).locks),
         closing(Ledger(comparison, known)) as ledger,
         _without_heartbeat(),
         _prefect_named(),

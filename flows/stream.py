@@ -12,10 +12,10 @@ from flows.config import StreamConfig, validate_config
 from flows.environment import mlflow_uri
 from flows.home import Home
 from flows.progress import say
+from flows.registries import Where
 from flows.tracking import Tracker
 from flows.workbench import Workbench, current, on
 from neft.errors import NeftError
-from registry import Registry
 
 _P = ParamSpec("_P")
 
@@ -106,7 +106,7 @@ def learn_stream(stream: str, config: dict[str, Any]) -> int:
     parsed = validate_config(config, f"stream {stream}")
     home = Home.find()
     uri = mlflow_uri(parsed, home)
-    registry = Registry.open(parsed.registry.location or home.registry)
+    registry = Where.of(parsed.registry).open()
     artifacts = None if uri.startswith(("http://", "https://")) else home.mlflow_artifacts
     tracker = Tracker(uri, parsed.tracking.experiment or parsed.stream, artifacts)
     bench = Workbench(parsed, registry, tracker, str(runtime.flow_run.id or "") or None)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from flows.comparison import Cell, Comparison
 from flows.config import StreamConfig
-from flows.home import Home
-from registry import Registry, Run
+from flows.registries import Where
+from registry import Run
 
 if TYPE_CHECKING:
     from flows.known import Known
@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self, comparison: Comparison, known: Known | None = None):
         self._known = known
-        self._registry = Registry.open(comparison.config.registry.location or Home.find().registry)
+        self._registry = Where.of(comparison.config.registry).open()
 
     def close(self) -> None:
         self._registry.close()

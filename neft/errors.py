@@ -18,6 +18,10 @@ class InputError(NeftError, ValueError):
     exit_code = 2
 
 
+class NotFoundError(InputError):
+    """What was named does not exist: a task, a version, an alias, a stream, a site."""
+
+
 class FailedError(NeftError):
     """The input was accepted, but the work could not be done: a corrupt artefact, a failed audit, a server gone."""
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from neft.errors import FailedError, InputError
+from neft.errors import FailedError, InputError, NeftError
 
 PathLike = str | os.PathLike[str]
 
@@ -109,7 +109,7 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
             metadata = json.loads((file.metadata() or {}).get("neft", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         description = metadata.get("description", {})
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise FailedError(f"{path} is corrupt ({error}); restore it from a copy or learn the task again") from error
     if metadata.get("format") != kind:
         raise InputError(f"{path} is a {metadata.get('format', 'foreign safetensors file')!r}, not a {kind!r}")
@@ -119,6 +119,24 @@ def load_tensors(path: PathLike, kind: str) -> tuple[dict[str, torch.Tensor], di
             "restore it from a copy or learn the task again"
         )
     return tensors, description
+
+
+@contextmanager
+def understood(path: PathLike) -> Iterator[None]:
+    """Around what makes something of a file's tensors and description, which anybody may have written.
+
+    Raises:
+        FailedError: they are not what a file of its kind holds.
+    """
+    try:
+        yield
+    except NeftError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FailedError(
+            f"{path} is corrupt (what it holds cannot be understood: {error!r}); restore it from a copy or learn the "
+            "task again"
+        ) from error
 
 
 @contextmanager

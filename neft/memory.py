@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neft.files import PathLike, load_tensors, save_tensors
+from neft.files import PathLike, load_tensors, save_tensors, understood
 
 _FILE_KIND = "neft-memory"
 
@@ -42,4 +42,5 @@ class Memory:
             FailedError: the file is corrupt.
         """
         tensors, described = load_tensors(path, _FILE_KIND)
-        return cls(described["policy"], tensors, described["description"])
+        with understood(path):
+            return cls(described["policy"], tensors, described["description"])

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from neft.architectures import Anatomy, Attention, FeedForward, anatomy_of
 from neft.errors import InputError, nearest
-from neft.files import PathLike, load_tensors, save_tensors
+from neft.files import PathLike, load_tensors, save_tensors, understood
 
 Kind = Literal["ffn", "ffn_in", "ffn_out", "attention", "qk"]
 Side = Literal["row", "column"]
@@ -31,6 +31,8 @@ Indices = NDArray[np.int64]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FILE_KIND = "neft-neuron-set"
+#: Bounds on the numbers of a neuron space that a file describes. Neurons own a row for each query head of a group.
+_LARGEST, _MOST_REPEATS = 2**31, 256
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,20 @@ class NeuronSpace:
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> NeuronSpace:
+        """The space that `to_dict` has described.
+
+        Raises:
+            InputError: two sites of one name, or numbers that no model has, such as a site without a neuron.
+        """
         sites = tuple(
             Site(site["name"], site["kind"], site["size"], tuple(Part(**part) for part in site["parts"]))
             for site in description["sites"]
         )
+        seen: set[str] = set()
+        for site in sites:
+            if site.name in seen or not _could_be(site):
+                raise InputError(f"no model has a site as the neuron space describes {site.name!r}; take another file")
+            seen.add(site.name)
         return cls(sites, description["model_parameters"])
 
     def none(self) -> NeuronSet:
@@ -334,7 +346,7 @@ class NeuronSet:
 
     @classmethod
     def from_tensors(cls, space: NeuronSpace, tensors: Mapping[str, torch.Tensor]) -> NeuronSet:
-        return cls(space, {name: tensor.numpy().astype(np.int64) for name, tensor in tensors.items()})
+        return cls(space, {name: tensor.numpy() for name, tensor in tensors.items()})
 
     def save(self, path: PathLike) -> None:
         """Write the set and its space's description to one safetensors file."""
@@ -349,10 +361,25 @@ class NeuronSet:
             FailedError: the file is corrupt.
         """
         tensors, description = load_tensors(path, _FILE_KIND)
-        loaded = cls.from_tensors(NeuronSpace.from_dict(description["space"]), tensors)
+        with understood(path):
+            loaded = cls.from_tensors(NeuronSpace.from_dict(description["space"]), tensors)
         if space is not None:
             loaded.check_space(space)
         return loaded
+
+
+def _could_be(site: Site) -> bool:
+    """Whether a model may have such a site, so that nothing overflows that is computed of it."""
+    sizes, counts = [site.size], [0]
+    for part in site.parts:
+        sizes += [part.width, part.block, part.stride, part.repeats]
+        counts += [part.offset, part.repeat_stride]
+        if not isinstance(part.module, str) or part.side not in get_args(Side):
+            return False
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in (*sizes, *counts)) or min(sizes) < 1:
+        return False
+    few = site.parts and all(part.repeats <= _MOST_REPEATS for part in site.parts)
+    return bool(few) and isinstance(site.name, str) and site.kind in KINDS
 
 
 def _checked_indices(site: Site, values: Iterable[int] | Indices | torch.Tensor) -> Indices:

@@ -13,10 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from neft.errors import FailedError, InputError
-from neft.files import PathLike, load_tensors, save_tensors
+from neft.files import PathLike, load_tensors, save_tensors, understood
 from neft.neurons import ModuleRows, NeuronSet, NeuronSpace, Side, matrix_shape
 
 _FILE_KIND = "neft-overlay"
+#: What rows are trained in.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: What becomes of rows that several overlays or adapters have, when they are united.
 Shared = Literal["error", "last", "mean", "sum"]
@@ -234,12 +236,15 @@ class Overlay:
             FailedError: the file is corrupt, or holds values that are not finite.
         """
         tensors, description = load_tensors(path, _FILE_KIND)
-        neurons = NeuronSet.from_tensors(NeuronSpace.from_dict(description["space"]), _under("neurons/", tensors))
-        values = _under("rows/", tensors)
-        for name, rows in values.items():
-            if not torch.isfinite(rows).all():
-                raise FailedError(f"{path} holds values that are not finite, in module {name!r}")
-        return cls(neurons, values)
+        with understood(path):
+            neurons = NeuronSet.from_tensors(NeuronSpace.from_dict(description["space"]), _under("neurons/", tensors))
+            values = _under("rows/", tensors)
+            for name, rows in values.items():
+                if rows.dim() != 2 or rows.dtype not in _DTYPES:
+                    raise FailedError(f"{path} holds {rows.dim()}-dimensional {rows.dtype} as rows of module {name!r}")
+                if not torch.isfinite(rows).all():
+                    raise FailedError(f"{path} holds values that are not finite, in module {name!r}")
+            return cls(neurons, values)
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

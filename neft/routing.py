@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from neft.encoding import encode_prompt
 from neft.errors import InputError
 from neft.evaluation import like_lengths
-from neft.files import PathLike, load_tensors, save_tensors
+from neft.files import PathLike, load_tensors, save_tensors, understood
 from neft.modes import in_evaluation
 from neft.tasks import Example
 
@@ -216,15 +216,16 @@ class Signature:
             FailedError: the file is corrupt.
         """
         tensors, described = load_tensors(path, _FILE_KIND)
-        return cls(
-            tensors["mean"],
-            tensors["components"],
-            tensors["variances"],
-            described["noise"],
-            described["near"],
-            described["depth"],
-            described["max_length"],
-        )
+        with understood(path):
+            return cls(
+                tensors["mean"],
+                tensors["components"],
+                tensors["variances"],
+                described["noise"],
+                described["near"],
+                described["depth"],
+                described["max_length"],
+            )
 
 
 class Router:

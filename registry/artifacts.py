@@ -17,10 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from neft.errors import FailedError, InputError
+from registry.text import shortened
 
+#: What may be wrong with a file.
+Fault = Literal["missing", "truncated", "altered", "unreadable"]
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})\.safetensors")
 _INCOMING = ".incoming-"
 
@@ -79,8 +84,20 @@ class ArtifactStore(Protocol):
         """Everything that lies in the store."""
         ...
 
-    def remove(self, stored: Stored) -> None:
-        """Remove a file; one that is gone already is no error."""
+    def fault(self, artifact: Artifact, deep: bool) -> Fault | None:
+        """What is wrong with a file as it lies in the store now, if anything; nothing is kept of it.
+
+        Args:
+            deep: read all of it, and compare its checksum, not its size alone.
+        """
+        ...
+
+    def remove(self, stored: Stored) -> bool:
+        """Remove a file, unless it is gone or has been written again since it was listed; whether it was removed.
+
+        Raises:
+            FailedError: the store cannot be written.
+        """
         ...
 
 
@@ -99,7 +116,13 @@ def open_store(location: str | os.PathLike[str]) -> ArtifactStore:
 
 
 def relative_path(sha256: str) -> str:
-    """Where in a store the file of that content lies."""
+    """Where in a store the file of that content lies.
+
+    Raises:
+        InputError: it is no SHA-256, and might lead out of the store.
+    """
+    if not _SHA256.fullmatch(sha256):
+        raise InputError(f"{shortened(sha256)} names no file of an artifact store: give 64 digits, 0-9 and a-f")
     return f"{sha256[:2]}/{sha256}.safetensors"
 
 
@@ -134,24 +157,50 @@ class FolderStore(ArtifactStore):
         return path
 
     def stored(self) -> Iterator[Stored]:
-        # A file may go while the folder is read: another process has put it in its place.
-        for path in sorted(self.root.rglob("*")):
+        for path in sorted(self._files()):
             try:
-                status = path.stat()
-            except FileNotFoundError:
+                status = path.lstat()
+            except FileNotFoundError:  # another process has put it in its place meanwhile
                 continue
-            if path.is_file():
-                relative = path.relative_to(self.root).as_posix()
-                yield Stored(relative, _named(relative), status.st_size, _moment(status.st_mtime))
+            relative = path.relative_to(self.root).as_posix()
+            yield Stored(relative, _named(relative), status.st_size, _moment(status.st_mtime))
 
-    def remove(self, stored: Stored) -> None:
-        path = self.root / stored.path
+    def _files(self) -> Iterator[Path]:
+        """Everything but folders. A folder may go while it is read, and one that cannot be read is an error."""
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise FailedError(f"artifact store {self.name} cannot be listed: {error}; try again") from error
+
+        for folder, _, names in os.walk(self.root, onerror=refuse):
+            yield from (Path(folder, name) for name in names)
+
+    def fault(self, artifact: Artifact, deep: bool) -> Fault | None:
+        path = self.path(artifact.sha256)
         try:
-            path.unlink(missing_ok=True)
+            size = path.stat().st_size
+            digest = _sha256(path) if deep and size == artifact.bytes else artifact.sha256
+        except FileNotFoundError:
+            return "missing"
+        except OSError:
+            return "unreadable"
+        return _compared(artifact, size, digest)
+
+    def remove(self, stored: Stored) -> bool:
+        path = self.root / stored.path
+        if ".." in path.relative_to(self.root).parts:
+            raise InputError(f"{shortened(stored.path)} lies outside of artifact store {self.name}")
+        try:
+            if _moment(path.lstat().st_mtime) != stored.written_at:
+                return False
+            path.unlink()
             if path.parent.name.startswith(_INCOMING):
                 shutil.rmtree(path.parent, ignore_errors=True)
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise FailedError(f"cannot remove {path}: {error}; mend its permissions and try again") from error
+        return True
 
 
 class RemoteStore(ArtifactStore):
@@ -195,14 +244,14 @@ class RemoteStore(ArtifactStore):
             return local
         from neft.files import written_whole
 
-        try:
-            with written_whole(local) as temporary:
+        with written_whole(local) as temporary:
+            try:
                 self._fs.get_file(remote, str(temporary))
-                check(temporary, artifact, what)
-        except FileNotFoundError as error:
-            raise FailedError(f"{what} is missing; {_REMEDY}") from error
-        except OSError as error:
-            raise FailedError(f"{what} cannot be read: {error}; {_REMEDY}") from error
+            except FileNotFoundError as error:
+                raise FailedError(f"{what} is missing; {_REMEDY}") from error
+            except OSError as error:
+                raise FailedError(f"{what} cannot be fetched to {local}: {error}; {_REMEDY}") from error
+            check(temporary, artifact, what)
         return local
 
     def stored(self) -> Iterator[Stored]:
@@ -218,13 +267,31 @@ class RemoteStore(ArtifactStore):
         moment: datetime = self._fs.modified(path)
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
-    def remove(self, stored: Stored) -> None:
+    def fault(self, artifact: Artifact, deep: bool) -> Fault | None:
+        remote = f"{self._root}/{relative_path(artifact.sha256)}"
+        digest = artifact.sha256
         try:
-            self._fs.rm_file(f"{self._root}/{stored.path}")
+            size = int(self._fs.size(remote))
+            if deep and size == artifact.bytes:
+                with self._fs.open(remote, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
-            return
+            return "missing"
+        except OSError:
+            return "unreadable"
+        return _compared(artifact, size, digest)
+
+    def remove(self, stored: Stored) -> bool:
+        path = f"{self._root}/{stored.path}"
+        try:
+            if self._written_at(path) != stored.written_at:
+                return False
+            self._fs.rm_file(path)
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise FailedError(f"cannot remove {self.name}/{stored.path}: {error}; try again") from error
+        return True
 
 
 _REMEDY = "restore the file from a copy, or learn the task again"
@@ -270,6 +337,13 @@ def _named(relative: str) -> str | None:
 
 def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def _compared(artifact: Artifact, size: int, sha256: str) -> Fault | None:
+    """What is wrong with a file of that size and content."""
+    if size < artifact.bytes:
+        return "truncated"
+    return None if (size, sha256) == (artifact.bytes, artifact.sha256) else "altered"
 
 
 def _sha256(path: Path) -> str:

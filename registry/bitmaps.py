@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyroaring import BitMap, FrozenBitMap
 
-from neft.errors import FailedError, InputError, nearest
+from neft.errors import FailedError, NotFoundError, nearest
 
 if TYPE_CHECKING:
     from neft.neurons import NeuronSet, NeuronSpace
@@ -65,13 +65,17 @@ class Numbering:
     def _starts(self) -> NDArray[np.int64]:
         return np.array([site.start for site in self.sites], dtype=np.int64)
 
+    def has(self, site: str) -> bool:
+        """Whether there is a site of that name."""
+        return site in self._by_name
+
     def site(self, name: str) -> SiteRange:
         """
         Raises:
             InputError: no site of that name.
         """
         if name not in self._by_name:
-            raise InputError(f"no site {name!r} in this neuron space; {nearest(name, self._by_name)}")
+            raise NotFoundError(f"no site {name!r} in this neuron space; {nearest(name, self._by_name)}")
         return self._by_name[name]
 
     def number(self, site: str, neuron: int) -> int:
@@ -82,7 +86,7 @@ class Numbering:
         """
         found = self.site(site)
         if not 0 <= neuron < found.size:
-            raise InputError(f"site {site!r} has neurons 0 to {found.size - 1}, so there is no neuron {neuron}")
+            raise NotFoundError(f"site {site!r} has neurons 0 to {found.size - 1}, so there is no neuron {neuron}")
         return found.start + neuron
 
     def neuron(self, number: int) -> tuple[str, int]:
@@ -139,7 +143,7 @@ def read(content: bytes, numbering: Numbering, owner: str) -> FrozenBitMap:
     """
     try:
         found = FrozenBitMap.deserialize(content)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # the latter where there is not a byte
         raise FailedError(
             f"the neurons of {owner} are damaged ({error}); restore the database from a copy, or learn the task again"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +15,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from neft.errors import FailedError, InputError
+from neft.errors import FailedError, InputError, NeftError
 from registry.artifacts import ArtifactStore
 from registry.schema import Base
+from registry.text import is_text, shortened
 
 VERSION_TABLE = "neft_alembic_version"
 
@@ -30,6 +31,11 @@ _CONNECT_SECONDS = 10
 _ATTEMPTS = 20
 #: Any fixed number: processes that create the schema at the same moment wait for one another on it.
 _SCHEMA_LOCK = 0x6E656674
+
+#: What two writers that meet are told: one came first (unique), or each waits for the other (PostgreSQL alone).
+_SQLITE_CONFLICTS = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY}
+_POSTGRESQL_CONFLICTS = {"23505", "40001", "40P01"}
+_POSTGRESQL_LOCKED = "55P03"
 
 _T = TypeVar("_T")
 
@@ -106,13 +112,20 @@ class Database:
         self.name = url.database if url.drivername == "sqlite" else url.render_as_string()
         self._engine = _engine(url)
         self._writer = self._engine.execution_options(writing=True)
-        if upgrade is None:
-            self._prepare()
-        else:
-            self.upgraded = self._upgrade(upgrade)
+        self._reader = self._engine
+        if self._engine.dialect.name == "postgresql":  # where each statement may see another state, unless told not to
+            self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        try:
+            if upgrade is None:
+                self._prepare()
+            else:
+                self.upgraded = self._upgrade(upgrade)
+        except BaseException:
+            self.close()
+            raise
 
     def _upgrade(self, artifacts: ArtifactStore) -> tuple[str | None, str | None]:
-        with self._reported(), self._engine.connect() as connection:
+        with self._reported(), self._reader.connect() as connection:
             found, head = self._revisions(connection)
         if found != head:
             self._migrate(artifacts)
@@ -126,38 +139,43 @@ class Database:
         """A session that sees one state of the database.
 
         Raises:
+            InputError: text or a number that no database can keep is looked up.
             FailedError: the database fails.
         """
-        with self._reported(), Session(self._engine) as session:
+        with self._reported(), Session(self._reader) as session:
             yield session
 
     def write(self, work: Callable[[Session], _T]) -> _T:
         """Do `work` in one writing transaction; again from its start when another writer came first.
 
         Raises:
+            InputError: text or a number that no database can keep is written or looked up.
             FailedError: the database fails; nothing of `work` is kept.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                with self._reported(), Session(self._writer, expire_on_commit=False) as session, session.begin():
+                with Session(self._writer, expire_on_commit=False) as session, session.begin():
                     return work(session)
-            except IntegrityError as error:
-                if attempt == _ATTEMPTS:
-                    raise FailedError(f"registry database {self.name} refuses the record: {error.orig}") from error
+            except SQLAlchemyError as error:
+                if attempt == _ATTEMPTS or not _is_conflict(error):
+                    raise self._failure(error) from error
         raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turns every failure of the database, but a conflict between writers, into one sentence."""
+        """Turns every failure of the database into one sentence."""
         try:
             yield
-        except IntegrityError:
-            raise
         except SQLAlchemyError as error:
-            raise FailedError(f"registry database {self.name} {_complaint(error)}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: SQLAlchemyError) -> NeftError:
+        if isinstance(error, DataError):
+            return InputError(f"registry database {self.name} takes no such value ({_reason(error)}); give another")
+        return FailedError(f"registry database {self.name} {_complaint(error)}")
 
     def _prepare(self) -> None:
-        with self._reported(), self._engine.connect() as connection:
+        with self._reported(), self._reader.connect() as connection:
             found, head = self._revisions(connection)
         if found is None:
             self._migrate(None)
@@ -204,7 +222,9 @@ class Database:
 
 def _engine(url: URL) -> Engine:
     sqlite = url.drivername == "sqlite"
-    arguments: dict[str, Any] = {} if sqlite else {"connect_timeout": _CONNECT_SECONDS}
+    # `tcp_user_timeout`: a server that is gone without a word is noticed in the middle of a transaction, too.
+    limits = {} if sqlite else {"connect_timeout": _CONNECT_SECONDS, "tcp_user_timeout": _BUSY_SECONDS * 1000}
+    arguments: dict[str, Any] = {name: value for name, value in limits.items() if name not in url.query}
     try:
         engine = create_engine(url, pool_pre_ping=True, connect_args=arguments)
     except ModuleNotFoundError as error:
@@ -212,10 +232,33 @@ def _engine(url: URL) -> Engine:
             f"registry url {url.render_as_string()!r} needs the package {error.name!r}; "
             "run pip install 'psycopg[binary]'"
         ) from error
+    event.listen(engine, "before_cursor_execute", _refuse_what_cannot_be_kept)
+    event.listen(engine, "connect", _configure_sqlite if sqlite else _configure_postgresql)
     if sqlite:
-        event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _configure_postgresql(connection: Any, record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{_BUSY_SECONDS}s'")
+    connection.commit()
+
+
+def _refuse_what_cannot_be_kept(
+    connection: Connection, cursor: object, statement: str, parameters: Any, context: object, executemany: bool
+) -> None:
+    """Refuses what SQLite and PostgreSQL would refuse, each in its own way, or keep and not find again."""
+    # Rows that one statement inserts together come as one tuple, though they are many to SQLAlchemy.
+    for row in parameters if isinstance(parameters, list) else (parameters,):
+        for value in row.values() if isinstance(row, Mapping) else row:
+            if isinstance(value, str) and not is_text(value):
+                raise InputError(
+                    f"{shortened(value)} can be neither recorded nor looked up: it holds a NUL character or half a "
+                    "surrogate pair; take that out"
+                )
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise InputError(f"{value} can be neither recorded nor looked up; give a number of at most 64 bits")
 
 
 def _configure_sqlite(connection: Any, record: object) -> None:
@@ -223,6 +266,7 @@ def _configure_sqlite(connection: Any, record: object) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS * 1000}")
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA case_sensitive_like = ON")  # as PostgreSQL's LIKE is
     _keep_log(cursor)
     cursor.close()
 
@@ -254,9 +298,10 @@ def _alembic_config(connection: Connection, artifacts: ArtifactStore | None = No
     return config
 
 
+_LOCKED = f"has been locked by another process for {_BUSY_SECONDS} s; try again when that one has finished"
 #: What SQLite says -> what is wrong and what to do.
 _SQLITE_COMPLAINTS = (
-    ("locked", f"has been locked by another process for {_BUSY_SECONDS} s; try again when that one has finished"),
+    ("locked", _LOCKED),
     ("full", "cannot grow: the disk is full; free some space and try again"),
     ("not a database", "is not a SQLite database, or is corrupt; restore it from a copy or move it away"),
     ("malformed", "is corrupt; restore it from a copy or move it away"),
@@ -265,8 +310,24 @@ _SQLITE_COMPLAINTS = (
 )
 
 
+def _is_conflict(error: SQLAlchemyError) -> bool:
+    """Whether another writer was in the way, so that the same work may succeed when it is done again."""
+    said: Any = error.orig if isinstance(error, DBAPIError) else None
+    if isinstance(said, sqlite3.Error):
+        return getattr(said, "sqlite_errorcode", None) in _SQLITE_CONFLICTS
+    return getattr(said, "sqlstate", None) in _POSTGRESQL_CONFLICTS
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    return str(error.orig if isinstance(error, DBAPIError) else error).strip().splitlines()[0]
+
+
 def _complaint(error: SQLAlchemyError) -> str:
-    reason = str(error.orig if isinstance(error, DBAPIError) else error).strip().splitlines()[0]
+    reason = _reason(error)
+    if isinstance(error, IntegrityError):
+        return f"refuses the record: {reason}"
+    if getattr(getattr(error, "orig", None), "sqlstate", None) == _POSTGRESQL_LOCKED:
+        return _LOCKED
     if isinstance(error, DBAPIError) and isinstance(error.orig, sqlite3.Error):
         for said, complaint in _SQLITE_COMPLAINTS:
             if said in reason:

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from neft.errors import FailedError, InputError
+from registry import integrity, undo
 from registry.artifacts import Artifact, ArtifactStore, FolderStore, open_store
-from registry.bitmaps import Numbering, bitmap_of, neurons_of, read, written
+from registry.bitmaps import bitmap_of
 from registry.database import Database, database_url
+from registry.describing import Descriptions
+from registry.index import Index
+from registry.integrity import Removed, Report
 from registry.labels import Labels
 from registry.ledger import Ledger
-from registry.queries import base_model_row, chain_rows, entry_of_input, linked_id, locked_task, named_entry
-from registry.records import Entry, NewEntry, flat_metrics, plain
-from registry.schema import BaseModelRow, EntryRow, MetricRow, NeuronSetRow, NeuronSpaceRow, TaskRow
+from registry.lookups import Lookups
+from registry.queries import base_model_row, entry_of_input, linked_id
+from registry.recording import add_entry, columns_of, columns_of_files, recorded_base
+from registry.records import BaseModel, Entry, NewEntry
 
-# torch and transformers take seconds to import; only what reads tensors or loads a model imports them, when it does.
 if TYPE_CHECKING:
-    from pyroaring import FrozenBitMap
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from neft.files import PathLike
-    from neft.memory import Memory
     from neft.models import Dtype
-    from neft.neurons import NeuronSet, NeuronSpace
-    from neft.overlay import Overlay
-    from neft.routing import Router, Signature
-    from neft.scoring import Scores
-    from neft.states import States
-
-_T = TypeVar("_T")
+    from registry.undo import Overlaps
 
 
-class Registry(Ledger, Labels):
+class Registry(Ledger, Labels, Descriptions, Lookups):
     """Entries, evaluations and runs in a database, and the files of the entries in an artifact store.
 
     Every method raises FailedError when the database or the store fails.
@@ -46,7 +39,7 @@ class Registry(Ledger, Labels):
 
     def __init__(self, database: Database, artifacts: ArtifactStore):
         super().__init__(database)
-        self._artifacts = artifacts
+        self._artifacts, self._index = artifacts, Index()
 
     @property
     def artifacts(self) -> ArtifactStore:
@@ -107,21 +100,8 @@ class Registry(Ledger, Labels):
             parameters: how many it has.
         """
 
-        def work(session: Session) -> int:
-            row = base_model_row(session, fingerprint)
-            if row is None:
-                row = BaseModelRow(
-                    fingerprint=fingerprint,
-                    name=name,
-                    dtype=dtype,
-                    config=plain("config", config),
-                    parameters=parameters,
-                )
-                session.add(row)
-                session.flush()
-            return row.id
-
-        return self._database.write(work)
+        base = BaseModel(fingerprint, name, dtype, config, parameters)
+        return self._database.write(lambda session: recorded_base(session, base).id)
 
     def record(self, new: NewEntry) -> Entry:
         """Record a learnt task as the next version of its task; once for each input digest.
@@ -133,10 +113,9 @@ class Registry(Ledger, Labels):
             InputError: the base model or the parent is not recorded, or the parent is of another base model.
             FailedError: the disk is full, or the store or database fails; nothing is recorded.
         """
-        columns = _columns(new)
+        columns = columns_of(new)
         bitmap = bitmap_of(new.neurons)
-        for name, file in self._stored(new).items():
-            columns |= {f"{name}_sha256": file.sha256, f"{name}_bytes": file.bytes}
+        columns |= columns_of_files(self._stored(new))
 
         def work(session: Session) -> Entry:
             row = entry_of_input(session, new.input_digest)
@@ -144,220 +123,122 @@ class Registry(Ledger, Labels):
                 base = base_model_row(session, new.base_model)
                 if base is None:
                     raise InputError(f"base model {new.base_model[:12]} is not recorded; record it by add_base_model")
-                task = locked_task(session, new.task, base)
-                versions = select(func.max(EntryRow.version)).where(EntryRow.task_id == task.id)
-                row = EntryRow(task=task, version=(session.scalar(versions) or 0) + 1, **columns)
-                for name in ("parent", "reused_from", "forgets"):
-                    setattr(row, f"{name}_id", linked_id(session, name, getattr(new, name), base))
-                session.add(row)
-                session.flush()
-                _add_neurons(session, row.id, new.neurons.space, bitmap)
-                session.add_all(
-                    MetricRow(entry_id=row.id, name=name, value=value)
-                    for name, value in flat_metrics(row.metrics).items()
-                )
+                links = {
+                    f"{name}_id": linked_id(session, name, getattr(new, name), base)
+                    for name in ("parent", "reused_from", "forgets")
+                }
+                row = add_entry(session, base, new.task, columns | links, new.neurons.space.to_dict(), bitmap)
             return Entry.from_row(row)
 
         return self._database.write(work)
+
+    def forget(
+        self,
+        task: str | Entry,
+        *,
+        head: str | Entry | None = None,
+        overlaps: Overlaps = "refuse",
+        base: PathLike | None = None,
+    ) -> Entry:
+        """Take one task out of a chain: record a version of it that gives its neurons back as they were without it.
+
+        That version is built on the end of the chain; laid on, it makes the model what it would be had the task never
+        been learnt. Where no later task of the chain has changed its neurons, that is so bit for bit. Every state
+        before stays where it is.
+
+        Args:
+            task: an entry, or what `get` takes.
+            head: the end of the chain; by default the one entry that nothing is built on, among those that go on from
+                the task.
+            overlaps: what becomes of neurons that later tasks have changed too, as long as those are not forgotten:
+                `refuse`; `last` leaves them as they are; `sum` makes them what they were without the task, plus what
+                the later tasks changed in them.
+            base: where the base model is now, as `checkout` has it.
+
+        Returns:
+            The new entry, whose `forgets` is the one taken out; the same one, if it was recorded before.
+
+        Raises:
+            InputError: no such entry, several chains to choose from, an entry that is forgotten already, or later tasks
+                that own neurons of it, which are listed.
+            FailedError: a file is missing or damaged, or the chain is not the state that was recorded.
+        """
+        return undo.forget(self, task, head=head, overlaps=overlaps, base=base)
+
+    # What has been learnt: sharing
+
+    def export(self, task: str | Entry, path: PathLike) -> Entry:
+        """Write an entry with its whole chain to one file, for `import_` of another registry.
+
+        The base model is named in it, not carried. Aliases stay behind; tags go along.
+
+        Args:
+            task: an entry, or what `get` takes.
+            path: where to; it must not exist.
+
+        Returns:
+            The entry.
+
+        Raises:
+            InputError: something is at `path`, no such entry, or one that the rules for bundles refuse.
+            FailedError: a file is missing or damaged, or `path` cannot be written; nothing is left there.
+        """
+        from registry.bundle import export_entry
+
+        entry = self.get(task) if isinstance(task, str) else task
+        export_entry(self._database, self._artifacts, entry, path)
+        return entry
+
+    def import_(self, path: PathLike, *, max_bytes: int | None = None) -> Entry:
+        """Record the entries of a file that `export` wrote, all or none of them, under versions of this registry.
+
+        All of the file is checked before anything is written. An entry that is recorded already stays as it is.
+
+        Args:
+            max_bytes: most bytes of all its files; 16 GiB by default.
+
+        Returns:
+            The last entry of the chain.
+
+        Raises:
+            InputError: no such file, or not what `export` writes; nothing is recorded.
+            FailedError: an entry of other weights is recorded for the same inputs, or the disk, the store or the
+                database fails; nothing is recorded.
+        """
+        from registry.bundle import MOST_BYTES, import_entries
+
+        return import_entries(self._database, self._artifacts, path, MOST_BYTES if max_bytes is None else max_bytes)
+
+    # What has been learnt: whether it is whole
+
+    def verify(self, deep: bool = True) -> Report:
+        """Walk the database and the store: every file and neuron set of every entry, and files that belong to none.
+
+        Args:
+            deep: read every file, and compare its checksum; else look at sizes alone.
+
+        Raises:
+            FailedError: the database or the store cannot be read at all.
+        """
+        return integrity.verify(self._database, self._artifacts, deep)
+
+    def gc(self, *, older_than: timedelta = timedelta(hours=24), dry_run: bool = False) -> Removed:
+        """Remove files that no entry names, and what killed writers have left; never a file that is not a registry's.
+
+        Args:
+            older_than: files that were written later stay, for their entry may be about to be recorded.
+            dry_run: remove nothing, and say what would be.
+
+        Raises:
+            FailedError: the database or the store fails; run it again to remove the rest.
+        """
+        return integrity.gc(self._database, self._artifacts, older_than, dry_run)
 
     def _stored(self, new: NewEntry) -> dict[str, Artifact]:
         saves: dict[str, Callable[[Path], None]] = {"overlay": new.overlay.save}
         optional = {"scores": new.scores, "memory": new.memory, "signature": new.signature}
         saves |= {name: kept.save for name, kept in optional.items() if kept is not None}
         return {name: self._artifacts.put(name, save) for name, save in saves.items()}
-
-    # What has been learnt: look-ups
-
-    def find(self, input_digest: str) -> Entry | None:
-        """The entry that was made from these inputs, if it has been recorded."""
-        with self._database.reading() as session:
-            row = entry_of_input(session, input_digest)
-            return Entry.from_row(row) if row else None
-
-    def get(self, task: str, version: int | None = None, base_model: str | None = None) -> Entry:
-        """A task's entry, the newest unless a version is asked for.
-
-        Args:
-            task: its name, `name@version`, or `name@alias`.
-            version: the version, 1 and up.
-            base_model: its name, or how its fingerprint begins; needed when the task was learnt on several.
-
-        Raises:
-            InputError: no such task, version or alias, or several base models.
-        """
-        with self._database.reading() as session:
-            return Entry.from_row(named_entry(session, task, version, base_model))
-
-    def list(self, stream: str | None = None, task: str | None = None) -> Sequence[Entry]:
-        """All entries, in the order they were recorded, of one stream or task where one is given."""
-        query = select(EntryRow).order_by(EntryRow.id)
-        if stream is not None:
-            query = query.where(EntryRow.stream == stream)
-        if task is not None:
-            query = query.join(TaskRow).where(TaskRow.name == task)
-        with self._database.reading() as session:
-            return [Entry.from_row(row) for row in session.scalars(query)]
-
-    def chain(self, entry: Entry) -> Sequence[Entry]:
-        """The entry and all it was built on, root first."""
-        with self._database.reading() as session:
-            return [Entry.from_row(row) for row in chain_rows(session, entry.id)]
-
-    # What has been learnt: the files
-
-    def neurons(self, entry: Entry) -> NeuronSet:
-        """The entry's neuron set.
-
-        Raises:
-            FailedError: it is damaged.
-        """
-        from neft.neurons import NeuronSpace
-
-        with self._database.reading() as session:
-            row = session.get_one(NeuronSetRow, entry.id)
-            described = session.get_one(NeuronSpaceRow, row.space_fingerprint).description
-        numbering = Numbering.of(row.space_fingerprint, described)
-        return neurons_of(read(row.bitmap, numbering, entry.reference), NeuronSpace.from_dict(described), numbering)
-
-    def overlay(self, entry: Entry) -> Overlay:
-        """
-        Raises:
-            FailedError: the file is missing, truncated or altered.
-        """
-        from neft.overlay import Overlay
-
-        return Overlay.load(self._artifacts.fetch(entry.overlay_file, entry.reference))
-
-    def scores(self, entry: Entry) -> Scores | None:
-        """The scores the set was chosen by, if they were recorded.
-
-        Raises:
-            FailedError: the file is missing, truncated or altered.
-        """
-        from neft.scoring import Scores
-
-        return self._loaded(entry.scores_file, entry, Scores.load)
-
-    def memory(self, entry: Entry) -> Memory | None:
-        """What the protection policy keeps of the task, if it keeps anything.
-
-        Raises:
-            FailedError: the file is missing, truncated or altered.
-        """
-        from neft.memory import Memory
-
-        return self._loaded(entry.memory_file, entry, Memory.load)
-
-    def signature(self, entry: Entry) -> Signature | None:
-        """What tells the task's inputs from others', if it was recorded.
-
-        Raises:
-            FailedError: the file is missing, truncated or altered.
-        """
-        from neft.routing import Signature
-
-        return self._loaded(entry.signature_file, entry, Signature.load)
-
-    def _loaded(self, file: Artifact | None, entry: Entry, load: Callable[[Path], _T]) -> _T | None:
-        """What an entry's file holds, if it has one."""
-        return None if file is None else load(self._artifacts.fetch(file, entry.reference))
-
-    def checkout(
-        self,
-        task: str | Entry,
-        version: int | None = None,
-        *,
-        base: PathLike | None = None,
-        verify: bool = True,
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model as it stood after an entry, bit for bit, and its tokenizer.
-
-        Args:
-            task: an entry, or what `get` takes.
-            version: the version, for a task's name.
-            base: where the base model is now, if no longer where it was loaded from.
-            verify: as `lay_on` has it.
-
-        Raises:
-            InputError: no such entry, or the base model cannot be loaded or is another one.
-            FailedError: a file is missing or damaged, or the model is not the one that was recorded.
-        """
-        from neft.models import load_base
-
-        entry = self.get(task, version) if isinstance(task, str) else task
-        name = str(base) if base is not None else entry.base_model.name
-        try:
-            model, tokenizer = load_base(name, entry.base_model.dtype)
-        except InputError as error:
-            raise InputError(
-                f"the base model of {entry.reference} cannot be loaded; give the folder it is in now as `base`: {error}"
-            ) from error
-        self.lay_on(entry, model, verify=verify)
-        return model, tokenizer
-
-    def lay_on(self, entry: Entry, model: nn.Module, *, verify: bool = True) -> None:
-        """Lay the chain of `entry` on `model`, its base model, in place; a model that is refused is left as it was.
-
-        Args:
-            entry: the state to reach.
-            model: the base model, nothing laid on.
-            verify: compare the base's fingerprint before, and the digest of all weights after.
-
-        Raises:
-            InputError: `model` is another base model.
-            FailedError: a file is missing or damaged, or the result is not the state that was recorded.
-        """
-        from neft.audit import base_fingerprint, state_digest
-
-        if verify and (found := base_fingerprint(model)) != entry.base_model.fingerprint:
-            raise InputError(
-                f"{entry.reference} was learnt on base model {entry.base_model.name!r} "
-                f"({entry.base_model.fingerprint[:12]}), but the one given is {found[:12]}; give that base model"
-            )
-        states = self.states(entry, model)
-        states.visit(entry.reference)
-        if verify and (found := state_digest(model)) != entry.state_digest:
-            states.visit(None)
-            raise FailedError(
-                f"{entry.reference} cannot be rebuilt: the weights' digest is {found[:12]}, recorded is "
-                f"{entry.state_digest[:12]}; learn the task again"
-            )
-
-    def states(self, entry: Entry, model: nn.Module) -> States:
-        """The states of an entry's chain, by reference, for `model` to step between; it stands at the base.
-
-        Args:
-            model: the base model, nothing laid on, as `neft.models.load_base` gives it.
-
-        Raises:
-            FailedError: a file is missing or damaged.
-        """
-        from neft.states import States
-
-        return States(model, {link.reference: self.overlay(link) for link in self.chain(entry)})
-
-    def router(self, task: str | Entry, version: int | None = None) -> Router:
-        """Finds which entry of a chain a request belongs to, by reference.
-
-        Args:
-            task: the entry whose chain it is, or what `get` takes.
-            version: the version, for a task's name.
-
-        Raises:
-            InputError: no such entry, or an entry of the chain was recorded without a signature.
-            FailedError: a file is missing, truncated or altered.
-        """
-        from neft.routing import Router
-
-        entry = self.get(task, version) if isinstance(task, str) else task
-        signatures = {link.reference: self.signature(link) for link in self.chain(entry)}
-        unsigned = [reference for reference, signature in signatures.items() if signature is None]
-        if unsigned:
-            raise InputError(
-                f"{unsigned[0]} was recorded without a signature, so requests cannot be routed to it; learn the stream "
-                "again in a new registry"
-            )
-        return Router({reference: signature for reference, signature in signatures.items() if signature is not None})
 
 
 def located(location: PathLike | None, url: str | None, artifacts: PathLike | None) -> tuple[URL, ArtifactStore]:
@@ -372,30 +253,3 @@ def located(location: PathLike | None, url: str | None, artifacts: PathLike | No
     if location is None and url is not None and artifacts is not None:
         return database_url(url), open_store(artifacts)
     raise InputError("a registry is a folder, or a database `url` together with an `artifacts` store; give one")
-
-
-def _add_neurons(session: Session, entry_id: int, space: NeuronSpace, bitmap: FrozenBitMap) -> None:
-    """Write the entry's neurons, and their space where it is new."""
-    if session.get(NeuronSpaceRow, space.fingerprint) is None:
-        session.add(NeuronSpaceRow(fingerprint=space.fingerprint, description=space.to_dict(), neurons=len(space)))
-        session.flush()
-    session.add(NeuronSetRow(entry_id=entry_id, space_fingerprint=space.fingerprint, bitmap=written(bitmap)))
-
-
-def _columns(new: NewEntry) -> dict[str, Any]:
-    """The columns of a new entry that need neither its files nor the database."""
-    mappings = {
-        name: plain(name, getattr(new, name)) for name in ("method", "training", "metrics", "audit", "versions")
-    }
-    return mappings | {
-        "stream": new.stream,
-        "input_digest": new.input_digest,
-        "seed": new.seed,
-        "data_fingerprint": new.data_fingerprint,
-        "neuron_count": len(new.neurons),
-        "parameter_count": new.overlay.parameters,
-        "space_fingerprint": new.neurons.space.fingerprint,
-        "state_digest": new.state_digest,
-        "mlflow_run_id": new.mlflow_run_id,
-        "prefect_flow_run_id": new.prefect_flow_run_id,
-    }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from neft.errors import InputError, nearest
+from neft.errors import InputError, NotFoundError, nearest
 from registry.database import Database
 from registry.queries import named_entry, named_task
 from registry.records import Entry
@@ -63,7 +63,7 @@ class Labels:
             known = session.scalars(select(AliasRow.name).where(AliasRow.task_id == row.id)).all()
             if alias not in known:
                 hint = nearest(alias, known) if known else "it has none"
-                raise InputError(f"task {task!r} has no alias {alias!r}; {hint}")
+                raise NotFoundError(f"task {task!r} has no alias {alias!r}; {hint}")
             session.execute(delete(AliasRow).where(AliasRow.task_id == row.id, AliasRow.name == alias))
 
         self._database.write(work)
@@ -84,7 +84,7 @@ class Labels:
             row = named_task(session, task, base_model)
             query = select(AliasRow.name, EntryRow.version).join(EntryRow, AliasRow.entry_id == EntryRow.id)
             found = session.execute(query.where(AliasRow.task_id == row.id).order_by(AliasRow.name))
-            return {name: version for name, version in found}
+            return dict(found.tuples().all())
 
     def set_tag(self, task: str | Entry, key: str, value: str) -> None:
         """Note a value under a key of an entry, in place of what was noted there.
@@ -123,7 +123,7 @@ class Labels:
             known = session.scalars(select(TagRow.key).where(TagRow.entry_id == entry_id)).all()
             if key not in known:
                 hint = nearest(key, known) if known else "it has none"
-                raise InputError(f"the entry has no tag {key!r}; {hint}")
+                raise NotFoundError(f"the entry has no tag {key!r}; {hint}")
             session.execute(delete(TagRow).where(TagRow.entry_id == entry_id, TagRow.key == key))
 
         self._database.write(work)
@@ -132,4 +132,4 @@ class Labels:
         """Key -> value, of an entry's tags."""
         query = select(TagRow.key, TagRow.value).where(TagRow.entry_id == entry.id).order_by(TagRow.key)
         with self._database.reading() as session:
-            return {key: value for key, value in session.execute(query)}
+            return dict(session.execute(query).tuples().all())

@@ -8,11 +8,12 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from neft.errors import FailedError, InputError, nearest
+from neft.errors import FailedError, InputError, NotFoundError, nearest
 from registry.database import Database
 from registry.queries import evaluation_row, newest_run_row, run_rows, stream_names
-from registry.records import Evaluation, Run, Status, plain
+from registry.records import Evaluation, Run, Status
 from registry.schema import EvaluationRow, RunRow, now
+from registry.text import plain
 
 
 class Ledger:
@@ -189,7 +190,7 @@ class Ledger:
         if run is None:
             streams = self.streams()
             hint = nearest(stream, streams) if streams else "nothing has been run yet"
-            raise InputError(f"no run of stream {stream!r} in the registry; {hint}")
+            raise NotFoundError(f"no run of stream {stream!r} in the registry; {hint}")
         return run
 
     def runs(self, stream: str) -> Sequence[Run]:

@@ -14,7 +14,7 @@ from neft.errors import InputError
 from neft.neurons import NeuronSet, NeuronSpace
 from neft.routing import Signature
 from neft.scoring import Scores
-from registry.entries import Registry
+from registry.reading import Reading
 from registry.records import Entry
 
 
@@ -41,7 +41,7 @@ class Proposal:
 
 
 def eligible(
-    registry: Registry, stream: str, base_model: str, space: NeuronSpace, last: int, source: str = "auto"
+    registry: Reading, stream: str, base_model: str, space: NeuronSpace, last: int, source: str = "auto"
 ) -> Sequence[Entry]:
     """The entries that tasks of a run may start from: on the same base model and neuron space.
 
@@ -76,7 +76,7 @@ def eligible(
 
 
 def propose(
-    registry: Registry,
+    registry: Reading,
     entries: Sequence[Entry],
     scores: Scores,
     chosen: NeuronSet,
@@ -94,7 +94,7 @@ def propose(
     found = [
         Proposal(
             entry,
-            _correlation(registry.scores(entry), scores),
+            correlation(registry.scores(entry), scores),
             _distance(registry.signature(entry), signature),
             registry.neurons(entry).iou(chosen),
         )
@@ -115,7 +115,8 @@ def propose(
     return sorted(found, key=lambda each: (ranks[each.entry.id], -each.entry.id))
 
 
-def _correlation(earlier: Scores | None, new: Scores) -> float | None:
+def correlation(earlier: Scores | None, new: Scores) -> float | None:
+    """Spearman's, of two tasks' scores: its mean over sites; None where there is nothing to compare."""
     if earlier is None:
         return None
     found = [

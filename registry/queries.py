@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, bindparam, func, select
+from sqlalchemy.orm import Session, aliased, contains_eager
 
-from neft.errors import InputError, nearest
+from neft.errors import FailedError, InputError, NotFoundError, nearest
 from registry.records import Entry
 from registry.schema import AliasRow, BaseModelRow, EntryRow, EvaluationRow, RunRow, TaskRow
+from registry.text import shortened
+
+#: What the databases can compare a version with.
+LARGEST_VERSION = 2**31 - 1
+#: What a version is written with at most, since Python reads no number of thousands of digits.
+_MOST_DIGITS = 100
 
 
 def base_model_row(session: Session, fingerprint: str) -> BaseModelRow | None:
@@ -62,17 +68,19 @@ def linked_id(session: Session, link: str, entry: Entry | int | None, base: Base
     return row.id
 
 
-def _split_reference(reference: str, version: int | None) -> tuple[str, int | str | None]:
+def split_reference(reference: str, version: int | None) -> tuple[str, int | str | None]:
     """Task and version of `task` or `task@3`, or task and alias of `task@champion`.
 
     Raises:
-        InputError: nothing follows the `@`, or not the `version` that was given beside it.
+        InputError: nothing follows the `@`, a number that is no version, or not the `version` that was given beside it.
     """
     task, at, written = reference.partition("@")
     if not at:
         return task, version
     if not written:
         raise InputError(f"{reference!r} has nothing after '@'; write {task}@3, {task}@ALIAS, or {task} for the newest")
+    if written.isdecimal() and len(written) > _MOST_DIGITS:
+        raise NotFoundError(f"no task has as many versions as {shortened(reference)} says; give a smaller number")
     found = int(written) if written.isdecimal() else written
     if version not in (None, found):
         raise InputError(f"{reference!r} and version {version} disagree; give one of them")
@@ -85,17 +93,52 @@ def named_entry(session: Session, reference: str, version: int | None, base_mode
     Raises:
         InputError: no such task, version or alias, or a task of several base models when none is named.
     """
-    name, wanted = _split_reference(reference, version)
+    name, wanted = split_reference(reference, version)
+    found = _only_entry(session, name, wanted, base_model)
+    return found or _entry_of_several(session, name, wanted, base_model)
+
+
+def _only_entry(session: Session, name: str, wanted: int | str | None, base_model: str | None) -> EntryRow | None:
+    """The entry, by one quick query, where there is one and one task of that name."""
+    if isinstance(wanted, int) and wanted > LARGEST_VERSION:
+        return None
+    parameters = {"task": name} if wanted is None else {"task": name, "wanted": wanted}
+    row = session.execute(_ONLY[type(wanted)], parameters).first()
+    if row is None or row[1] != 1:
+        return None
+    entry: EntryRow = row[0]
+    return entry if base_model is None or is_base(entry.task.base_model, base_model) else None
+
+
+def _only() -> Mapping[type, Select[tuple[EntryRow, int]]]:
+    """The query of `_only_entry`, of a task's newest version, a version and an alias.
+
+    Made once: SQLAlchemy takes longer to make a query than a database to answer it.
+    """
+    same = aliased(TaskRow)
+    tasks = select(func.count(same.id)).where(same.name == bindparam("task")).scalar_subquery()
+    query = select(EntryRow, tasks).join(EntryRow.task).options(contains_eager(EntryRow.task))
+    query = query.where(TaskRow.name == bindparam("task"))
+    newest = query.order_by(EntryRow.version.desc()).limit(1)
+    by_alias = newest.join(AliasRow, AliasRow.entry_id == EntryRow.id).where(AliasRow.name == bindparam("wanted"))
+    return {type(None): newest, int: newest.where(EntryRow.version == bindparam("wanted")), str: by_alias}
+
+
+_ONLY = _only()
+
+
+def _entry_of_several(session: Session, name: str, wanted: int | str | None, base_model: str | None) -> EntryRow:
+    """The entry where the base model decides, or what is wrong with the reference."""
     task = named_task(session, name, base_model)
     if isinstance(wanted, str):
         return _aliased_entry(session, task, wanted)
     query = select(EntryRow).where(EntryRow.task_id == task.id)
     if wanted is None:
         return session.scalars(query.order_by(EntryRow.version.desc()).limit(1)).one()
-    row = session.scalars(query.where(EntryRow.version == wanted)).one_or_none()
+    row = session.scalars(query.where(EntryRow.version == wanted)).one_or_none() if wanted <= LARGEST_VERSION else None
     if row is None:
         newest = session.scalar(select(func.max(EntryRow.version)).where(EntryRow.task_id == task.id))
-        raise InputError(f"task {name!r} has no version {wanted}; its versions are 1 to {newest}")
+        raise NotFoundError(f"task {name!r} has no version {wanted}; its versions are 1 to {newest}")
     return row
 
 
@@ -105,7 +148,7 @@ def _aliased_entry(session: Session, task: TaskRow, alias: str) -> EntryRow:
     if row is None:
         known = session.scalars(select(AliasRow.name).where(AliasRow.task_id == task.id)).all()
         hint = nearest(alias, known) if known else "it has none; set one with `neft registry alias`"
-        raise InputError(f"task {task.name!r} has no alias {alias!r}; {hint}")
+        raise NotFoundError(f"task {task.name!r} has no alias {alias!r}; {hint}")
     return row
 
 
@@ -119,26 +162,28 @@ def named_task(session: Session, name: str, base_model: str | None) -> TaskRow:
     if not tasks:
         known = session.scalars(select(TaskRow.name).distinct()).all()
         hint = nearest(name, known) if known else "nothing has been recorded yet"
-        raise InputError(f"no task {name!r} in the registry; {hint}")
-    chosen = [task for task in tasks if base_model is None or _is_base(task, base_model)]
+        raise NotFoundError(f"no task {name!r} in the registry; {hint}")
+    chosen = [task for task in tasks if base_model is None or is_base(task.base_model, base_model)]
     if len(chosen) == 1:
         return chosen[0]
     bases = ", ".join(f"{task.base_model.fingerprint[:12]} ({task.base_model.name})" for task in tasks)
     if chosen:
         raise InputError(f"task {name!r} was learnt on several base models; name one by its fingerprint: {bases}")
-    raise InputError(f"task {name!r} was not learnt on base model {base_model!r}; it was on {bases}")
+    raise NotFoundError(f"task {name!r} was not learnt on base model {base_model!r}; it was on {bases}")
 
 
-def _is_base(task: TaskRow, base_model: str) -> bool:
-    """Whether `base_model` names the task's base model: its name, or how its fingerprint begins."""
-    return task.base_model.name == base_model or task.base_model.fingerprint.startswith(base_model)
+def is_base(row: BaseModelRow, base_model: str) -> bool:
+    """Whether `base_model` names that base model: its name, or how its fingerprint begins."""
+    return row.name == base_model or row.fingerprint.startswith(base_model)
 
 
 def chain_rows(session: Session, entry_id: int) -> Sequence[EntryRow]:
     """The entry and all it was built on, root first."""
-    rows = []
+    rows: list[EntryRow] = []
     row: EntryRow | None = session.get_one(EntryRow, entry_id)
     while row is not None:
+        if row in rows:
+            raise FailedError(f"the chain of entry {entry_id} comes back to entry {row.id}; restore the database")
         rows.append(row)
         row = session.get(EntryRow, row.parent_id) if row.parent_id is not None else None
     return rows[::-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from neft.errors import InputError
 from registry.artifacts import Artifact
 from registry.schema import BaseModelRow, EntryRow, EvaluationRow, RunRow
+from registry.text import check_name
 
 if TYPE_CHECKING:
     from neft.memory import Memory
@@ -22,33 +23,22 @@ if TYPE_CHECKING:
 
 Status = Literal["running", "finished", "failed"]
 
-
-def plain(name: str, value: Any) -> Any:
-    """A copy of `value` as JSON gives it back.
-
-    Raises:
-        InputError: it is not JSON, or holds a number that is not finite; `name` says which field.
-    """
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{name} cannot be recorded: {error}; give finite numbers, text, lists and mappings"
-        ) from error
+_LONGEST_METRIC = 500
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among an entry's metrics, by the names that a search knows them by.
 
-    A number in a mapping has the mapping's name before its own: `continual/forgetting`, `scores/bbc-topic`.
+    A number in a mapping has the mapping's name before its own: `continual/forgetting`, `scores/bbc-topic`. What no
+    index could hold is left out: a name of more than 500 characters, and an integer beyond all floats.
     """
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             found |= {f"{name}/{inner}": number for inner, number in flat_metrics(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             found[name] = float(value)
-    return found
+    return {name: value for name, value in found.items() if len(name) <= _LONGEST_METRIC}
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class NewEntry:
     """All that is recorded of a task that has been learnt.
 
     Attributes:
-        task: the task's name; without `@`, which sets the version apart in `task@3`.
+        task: the task's name, as `registry.text.check_name` has it: printable, without `@` and `/`.
         base_model: fingerprint of the base model.
         parent: the entry it was built on, or its id; None for the first of a chain.
         reused_from: the entry that its rows or neurons were taken from, or its id, if any.
@@ -112,8 +102,8 @@ class NewEntry:
         Raises:
             InputError: a name that cannot be looked up, an overlay of another neuron set, or scores of another space.
         """
-        if not self.task.strip() or "@" in self.task:
-            raise InputError(f"task name {self.task!r} must not be empty or hold '@', which sets the version apart")
+        check_name("task name", self.task)
+        check_name("stream name", self.stream)
         if self.overlay.neurons != self.neurons:
             raise InputError(f"the overlay of task {self.task!r} belongs to another neuron set than the one given")
         if self.scores is not None:
@@ -205,6 +195,16 @@ class Entry:
     def to_dict(self) -> dict[str, Any]:
         """The entry as JSON has it."""
         return asdict(self) | {"reference": self.reference, "created_at": self.created_at.isoformat()}
+
+
+def learnt_of(chain: Sequence[Entry]) -> Sequence[Entry]:
+    """The entries of a chain whose task its last state has: without those that were forgotten, and what forgets them.
+
+    Args:
+        chain: as `Registry.chain` gives it.
+    """
+    forgotten = {entry.forgets for entry in chain if entry.forgets is not None}
+    return [entry for entry in chain if entry.forgets is None and entry.reference not in forgotten]
 
 
 def _optional(name: str, sha256: str | None, size: int | None) -> Artifact | None:

@@ -203,10 +203,10 @@ class TagRow(Base):
     """What somebody has noted on an entry under a key."""
 
     __tablename__ = "entry_tags"
-    __table_args__ = (Index(None, "key", "value"),)
 
     entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id"), primary_key=True)
-    key: Mapped[str] = mapped_column(primary_key=True)
+    #: Without the value in its index, for PostgreSQL has no room there for a long one.
+    key: Mapped[str] = mapped_column(primary_key=True, index=True)
     value: Mapped[str]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import cli
+from flows import cli, registry_options
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def call(*arguments: str | float | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["neft", *map(str, arguments)])
-        monkeypatch.setattr(cli, "_debug", False)
+        monkeypatch.setattr(registry_options, "_debug", False)
         capsys.readouterr()
         code = 0
         try:

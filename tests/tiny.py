@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from neft.tasks import Example
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown")
 ANIMALS = ("cat", "dog", "cow", "hen", "fox", "owl")
@@ -116,6 +118,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tiny(folder: Path) -> Path:
+    """The tiny Llama with its tokenizer, in a folder."""
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def texts_of(words: Sequence[str], count: int = 40) -> list[Example]:
+    """Prompts of some of the words among filler words, as a task would have them."""
+    draw = random.Random(0)
+    return [Example(" ".join([*draw.choices(words, k=3), draw.choice(FILLERS)]), "") for _ in range(count)]
+
+
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Characters, with `:a` and `:ad` merged to one token, so that a prompt's end can melt into its completion."""
     vocabulary = {character: place for place, character in enumerate("abcd: ", 4)} | {"<pad>": 0, "</s>": 2}
@@ -166,10 +181,8 @@ KEYSTONE_PROMPTS = {
 
 def write_stream(folder: Path, tasks: int = 3, **changes: Any) -> Path:
     """Write a tiny model, data and config to `folder`; returns the config's path. `changes` replace top-level keys."""
-    model = folder / "model"
-    if not model.exists():
-        tiny_model().save_pretrained(model)
-        tiny_tokenizer().save_pretrained(model)
+    if not (folder / "model").exists():
+        save_tiny(folder / "model")
     specs = []
     for place, (name, topic, labels) in enumerate(TASKS[:tasks]):
         for part, count in (("train", 64), ("eval", 24)):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from neft.encoding import Batch
 from neft.errors import FailedError, InputError
-from neft.files import PathLike, load_tensors, save_tensors
+from neft.files import PathLike, load_tensors, save_tensors, understood
 from neft.neurons import NeuronSpace
 
 _FILE_KIND = "neft-scores"
@@ -64,10 +64,11 @@ class Scores:
             FailedError: the file is corrupt.
         """
         shares, description = load_tensors(path, _FILE_KIND)
-        # A file of before 0.2 holds the scores as they are.
-        largest = description.get("largest", {})
-        values = {name: (share.double() * largest.get(name, 1.0)).float() for name, share in shares.items()}
-        return cls(NeuronSpace.from_dict(description["space"]), values)
+        with understood(path):
+            # A file of before 0.2 holds the scores as they are.
+            largest = description.get("largest", {})
+            values = {name: (share.double() * largest.get(name, 1.0)).float() for name, share in shares.items()}
+            return cls(NeuronSpace.from_dict(description["space"]), values)
 
 
 class Scorer(Protocol):

@@ -256,7 +256,7 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, words: str) -> N
         ("training.lr", "known: "),
         ("evaluation.batchsize", "did you mean 'batch_size'?"),
         ("tracking.ml_flow", "did you mean 'mlflow'?"),
-        ("registry.zzz", "known: location"),
+        ("registry.zzz", "known: artifacts, location, url"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(key: str, hint: str) -> None:

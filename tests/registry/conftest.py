@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import URL, Connection, create_engine
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from neft.audit import base_fingerprint, state_digest
-from neft.models import load_base
-from neft.neurons import NeuronSet, NeuronSpace
+from neft.models import Dtype, load_base
+from neft.neurons import Kind, NeuronSet, NeuronSpace
 from neft.overlay import Overlay
 from registry import Entry, NewEntry, Registry
-from tests.registry.postgres import new_database
+from registry.database import database_url
+from tests.registry.postgres import drop_databases, new_database
 
 Weights = dict[str, torch.Tensor]
 
@@ -54,6 +60,11 @@ def same(model: torch.nn.Module, weights: Weights) -> bool:
     return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
 
 
+@cache
+def _loaded(folder: Path, dtype: Dtype) -> torch.nn.Module:
+    return load_base(str(folder), dtype)[0]
+
+
 @dataclass
 class Pupil:
     """Learns tasks on one base model, one after another: 5 neurons a site, their rows drawn at random."""
@@ -62,24 +73,27 @@ class Pupil:
     folder: Path
     step: int = 0
     parent: Entry | None = None
+    dtype: Dtype = "float32"
+    kinds: Sequence[Kind] = ("ffn",)
 
     def __post_init__(self) -> None:
-        self.model, _ = load_base(str(self.folder))
-        self.space = NeuronSpace.from_model(self.model)
+        self.model = copy.deepcopy(_loaded(self.folder, self.dtype))
+        self.space = NeuronSpace.from_model(self.model, self.kinds)
         self.base = base_fingerprint(self.model)
         self.registry.add_base_model(
             self.base,
             str(self.folder),
-            "float32",
+            self.dtype,
             json.loads(self.model.config.to_json_string()),
             self.model.num_parameters(),
         )
 
-    def learn(self, task: str, **fields: Any) -> NewEntry:
-        """Change the model as a task would, and say what there is to record of it."""
+    def learn(self, task: str, neurons: NeuronSet | None = None, **fields: Any) -> NewEntry:
+        """Change the model as a task would, in neurons drawn at random or these, and say what there is to record."""
         self.step += 1
         torch.manual_seed(self.step)
-        neurons = NeuronSet(self.space, {site.name: torch.randperm(site.size)[:5] for site in self.space.sites})
+        if neurons is None:
+            neurons = NeuronSet(self.space, {site.name: torch.randperm(site.size)[:5] for site in self.space.sites})
         before = Overlay.read(self.model, neurons)
         overlay = replace(before, values={name: torch.randn_like(rows) for name, rows in before.values.items()})
         overlay.lay_on(self.model)
@@ -103,6 +117,10 @@ class Pupil:
         }
         return NewEntry(**(given | fields))
 
+    def of(self, *indices: int) -> NeuronSet:
+        """These neurons of every site."""
+        return NeuronSet(self.space, {site.name: indices for site in self.space.sites})
+
     def record(self, task: str, **fields: Any) -> Entry:
         """Learn a task on top of the last one, and record it."""
         self.parent = self.registry.record(self.learn(task, **fields))
@@ -125,9 +143,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "registry"
 
 
+@cache
+def _empty_database() -> bytes:
+    """The SQLite database of a registry in which nothing is recorded: to make it takes as long as many a test."""
+    with tempfile.TemporaryDirectory() as name:
+        Registry.open(name).close()
+        return Path(name, "registry.db").read_bytes()
+
+
+def _prepare(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.joinpath("registry.db").write_bytes(_empty_database())
+
+
 @pytest.fixture
 def registry(folder: Path) -> Iterator[Registry]:
     """A registry in a folder, on SQLite."""
+    _prepare(folder)
     opened = Registry.open(folder)
     yield opened
     opened.close()
@@ -145,15 +177,54 @@ class Place:
     def open(self) -> Registry:
         return Registry.open(**self.arguments)
 
+    @property
+    def url(self) -> URL:
+        """The database's, for SQL that no registry would say."""
+        if self.kind == "sqlite":
+            return URL.create("sqlite", database=str(self.arguments["location"] / "registry.db"))
+        return database_url(self.arguments["url"])
+
+    @contextmanager
+    def sql(self) -> Iterator[Connection]:
+        """A connection of its own to the database; each statement is a transaction."""
+        engine = create_engine(self.url, isolation_level="AUTOCOMMIT")
+        try:
+            with engine.connect() as connection:
+                yield connection
+        finally:
+            engine.dispose()
+
+
+@contextmanager
+def new_place(kind: str, folder: Path, schema: bool = True) -> Iterator[Place]:
+    """A place where nothing is recorded; without `schema`, not even a table is there."""
+    if kind == "sqlite":
+        if schema:
+            _prepare(folder)
+        yield Place("sqlite", {"location": folder}, folder / "artifacts")
+        return
+    with new_database(schema) as url:
+        yield Place("postgresql", {"url": url, "artifacts": folder / "artifacts"}, folder / "artifacts")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _databases() -> Iterator[None]:
+    yield
+    drop_databases()
+
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
     """A registry's place on each database; what uses it runs on SQLite and on a real PostgreSQL."""
-    if request.param == "sqlite":
-        yield Place("sqlite", {"location": folder}, folder / "artifacts")
-        return
-    with new_database() as url:
-        yield Place("postgresql", {"url": url, "artifacts": folder / "artifacts"}, folder / "artifacts")
+    with new_place(request.param, folder) as made:
+        yield made
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def bare_place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
+    """A place without any table, on each database."""
+    with new_place(request.param, folder, schema=False) as made:
+        yield made
 
 
 @pytest.fixture
@@ -162,6 +233,12 @@ def anywhere(place: Place) -> Iterator[Registry]:
     opened = place.open()
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def student(anywhere: Registry, base: Path) -> Pupil:
+    """A pupil on each database."""
+    return Pupil(anywhere, base)
 
 
 @pytest.fixture

@@ -20,12 +20,18 @@ EVALUATION = {
 }
 
 
-def test_an_evaluation_is_recorded_once(registry, folder):
+@pytest.fixture
+def registry(anywhere: Registry) -> Registry:
+    """What is tested here holds on each database."""
+    return anywhere
+
+
+def test_an_evaluation_is_recorded_once(registry, place):
     recorded = registry.record_evaluation(**EVALUATION)
     assert registry.record_evaluation(**EVALUATION | {"value": 0.5}) == recorded
     assert recorded.value == 0.8125
 
-    reopened = Registry.open(folder)
+    reopened = place.open()
     assert reopened.evaluation("state", "data") == recorded
     assert reopened.evaluation("state", "other") is None
     assert reopened.evaluation("other", "data") is None

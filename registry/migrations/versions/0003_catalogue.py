@@ -7,6 +7,7 @@ The sets of entries that are there already are read from their files, so that a 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from alembic import context, op
@@ -18,31 +19,24 @@ down_revision = "0002"
 
 _IMMUTABLE = "an entry is immutable"
 
-_SQLITE_TRIGGERS = (
-    f"""
-    CREATE TRIGGER neuron_sets_no_update BEFORE UPDATE ON neuron_sets
-    BEGIN SELECT RAISE(ABORT, '{_IMMUTABLE}'); END
-    """,
-    f"""
-    CREATE TRIGGER neuron_sets_no_delete BEFORE DELETE ON neuron_sets
-    BEGIN SELECT RAISE(ABORT, '{_IMMUTABLE}'); END
-    """,
-    f"""
-    CREATE TRIGGER neuron_sets_no_replace BEFORE INSERT ON neuron_sets
-    WHEN EXISTS (SELECT 1 FROM neuron_sets WHERE entry_id = NEW.entry_id)
-    BEGIN SELECT RAISE(ABORT, '{_IMMUTABLE}'); END
-    """,
-)
-_POSTGRESQL_TRIGGERS = (
-    """
-    CREATE TRIGGER neuron_sets_no_change BEFORE UPDATE OR DELETE ON neuron_sets
-    FOR EACH ROW EXECUTE FUNCTION entries_refuse_change()
-    """,
-    """
-    CREATE TRIGGER neuron_sets_no_truncate BEFORE TRUNCATE ON neuron_sets
-    FOR EACH STATEMENT EXECUTE FUNCTION entries_refuse_change()
-    """,
-)
+
+def _sqlite_triggers(table: str, key: str) -> Sequence[str]:
+    refuse = f"BEGIN SELECT RAISE(ABORT, '{_IMMUTABLE}'); END"
+    there = f"EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
+    return (
+        f"CREATE TRIGGER {table}_no_update BEFORE UPDATE ON {table} {refuse}",
+        f"CREATE TRIGGER {table}_no_delete BEFORE DELETE ON {table} {refuse}",
+        # INSERT OR REPLACE deletes rows without a word to the trigger above.
+        f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN {there} {refuse}",
+    )
+
+
+def _postgresql_triggers(table: str, key: str) -> Sequence[str]:
+    refuse = "EXECUTE FUNCTION entries_refuse_change()"
+    return (
+        f"CREATE TRIGGER {table}_no_change BEFORE UPDATE OR DELETE ON {table} FOR EACH ROW {refuse}",
+        f"CREATE TRIGGER {table}_no_truncate BEFORE TRUNCATE ON {table} FOR EACH STATEMENT {refuse}",
+    )
 
 
 def upgrade() -> None:
@@ -53,9 +47,10 @@ def upgrade() -> None:
     # SQLite drops a column without making the table anew, which would lose its triggers.
     for name in ("neurons_sha256", "neurons_bytes"):
         op.drop_column("entries", name)
-    triggers = {"sqlite": _SQLITE_TRIGGERS, "postgresql": _POSTGRESQL_TRIGGERS}[op.get_bind().dialect.name]
-    for trigger in triggers:
-        op.execute(trigger)
+    triggers = {"sqlite": _sqlite_triggers, "postgresql": _postgresql_triggers}[op.get_bind().dialect.name]
+    for table, key in (("neuron_sets", "entry_id"), ("neuron_spaces", "fingerprint")):
+        for trigger in triggers(table, key):
+            op.execute(trigger)
 
 
 def _create_sets() -> None:
@@ -109,7 +104,7 @@ def _create_labels() -> None:
         sa.PrimaryKeyConstraint("entry_id", "key", name="pk_entry_tags"),
         sa.ForeignKeyConstraint(["entry_id"], ["entries.id"], name="fk_entry_tags_entry_id_entries"),
     )
-    op.create_index("ix_entry_tags_key_value", "entry_tags", ["key", "value"])
+    op.create_index("ix_entry_tags_key", "entry_tags", ["key"])
 
 
 def _add_links() -> None:
