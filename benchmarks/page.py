@@ -41,6 +41,8 @@ def page() -> str:
         parts += _serving(name, command)
     study = _read("selection")
     parts += ["## Choosing neurons\n", *(_selection(study) if study else [_missing("python -m benchmarks.selection")])]
+    record = _read("registry")
+    parts += ["## The registry\n", *(_registry(record) if record else [_missing("python -m benchmarks.registry")])]
     return "\n".join(parts) + "\n"
 
 
@@ -317,6 +319,50 @@ _BARS = (
         "seconds to switch overlays, 1B shape", dict.fromkeys(_SERVINGS, 0.05), _used("switching", "seconds", "median")
     ),
 )
+
+
+#: What was set for the registry: figure, bar, unit, and where it stands in the file of a database.
+_REGISTRY_BARS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
+    ("look-up by task and alias, p50 / p99", "at most 3 / 10 ms", lambda found: _p50_p99(found["by_alias"])),
+    ("owners of one neuron", "at most 50 ms", lambda found: _milliseconds(found["owners"])),
+    ("ten nearest sets by IoU", "at most 300 ms", lambda found: _milliseconds(found["nearest"])),
+    (
+        "a plain NumPy loop / ten nearest sets",
+        "at least 10",
+        lambda found: f"{found['nearest_numpy_loop'] / found['nearest']['median']:.0f}",
+    ),
+    ("recording an entry, fsync included", "at most 250 ms", lambda found: _milliseconds(found["record"])),
+    ("checkout of a chain / reading the model", "at most 2.0", lambda found: _ratio(found["checkout_to_reading"])),
+    ("HTTP look-ups a second", "at least 500", lambda found: f"{found['lookups_a_second']:,.0f}"),
+    ("database bytes an entry", "at most 100 kB", lambda found: f"{found['bytes_an_entry'] / 1e3:.1f} kB"),
+    ("first look-up of owners, which reads every set", "-", lambda found: f"{found['owners_first_call']:.1f} s"),
+    ("search by a metric and an alias", "-", lambda found: _milliseconds(found["search"])),
+)
+
+
+def _p50_p99(figure: Result) -> str:
+    return f"{figure['p50'] * 1e3:.1f} / {figure['p99'] * 1e3:.1f} ms"
+
+
+def _milliseconds(figure: Result) -> str:
+    return f"{figure['median'] * 1e3:,.0f} ms ({figure['low'] * 1e3:,.0f}-{figure['high'] * 1e3:,.0f})"
+
+
+def _registry(result: Result) -> Iterator[str]:
+    """What the registry costs, on each database."""
+    databases = result["databases"]
+    first = next(iter(databases.values()))
+    yield (
+        f"{first['entries']:,} entries of a 7B model's shape, each of {first['neurons_a_set']:,} of "
+        f"{first['neurons']:,} feed-forward neurons, made up in families that share most of their neurons. Recording "
+        f"and checking out are of a 135M shape: overlays of {first['parameters']:,} parameters "
+        f"({_megabytes(first['overlay_bytes'])} MB), a chain of {first['chain']}. Sets are compared in memory, where "
+        "the first look-up of a process reads them. The plain loop intersects NumPy arrays one by one; it was run over "
+        "a tenth of the sets and counted up.\n"
+    )
+    rows = [[text, bar, *(figure(found) for found in databases.values())] for text, bar, figure in _REGISTRY_BARS]
+    yield from _table(["figure", "bar", *databases], rows)
+    yield _machine(result)
 
 
 _WHY = """What stands in the way on the CPU, where a figure is above its bar:

@@ -26,8 +26,8 @@ class Costs:
     def metrics(self, entries: Sequence[Entry], baseline: Baseline | None, tasks: int) -> dict[str, float]:
         """The costs by the names that MLflow shows.
 
-        What is stored are the files of the tasks' entries, their scores included, or, for a baseline, what it holds from task to task
-        (`kept_bytes`), since it records none.
+        What is stored are the files of the tasks' entries, their scores included, or, for a baseline, what it holds
+        from task to task (`kept_bytes`), since it records none.
         """
         overlays = sum(entry.overlay_file.bytes for entry in entries)
         files = sum(file.bytes for entry in entries for file in entry.files)

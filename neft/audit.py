@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,13 +38,51 @@ def state_digest(model: nn.Module) -> str:
     return tensors_digest(_weights(model))
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a base model's weights and config: the identity that entries are recorded for."""
+def digests_around(model: nn.Module, change: Mapping[str, Callable[[], None]]) -> tuple[str, str]:
+    """`state_digest` of the model before and after a change that is made weight by weight.
+
+    Weights go through both digests side by side, which takes the time of one.
+
+    Args:
+        change: weight name -> what changes it; all are called, each once.
+    """
+    left = dict(change)
+    changed: SimpleQueue[tuple[str, torch.Tensor] | None] = SimpleQueue()
+
+    def changing() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in _weights(model):
+            # The digest asks for the next weight when it is done with this one.
+            yield name, tensor
+            if name in left:
+                left.pop(name)()
+            changed.put((name, tensor))
+
+    with ThreadPoolExecutor(1) as pool:
+        after = pool.submit(lambda: tensors_digest(cast(Iterator[tuple[str, torch.Tensor]], iter(changed.get, None))))
+        try:
+            before = tensors_digest(changing())
+        finally:
+            changed.put(None)
+        found = after.result()
+    if left:
+        # A weight that goes by another name too, under which it came.
+        for work in left.values():
+            work()
+        found = state_digest(model)
+    return before, found
+
+
+def base_fingerprint(model: nn.Module, state: str | None = None) -> str:
+    """SHA-256 of a base model's weights and config: the identity that entries are recorded for.
+
+    Args:
+        state: the `state_digest` of the untouched model, where it is known.
+    """
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if config is not None else {}
     identity = {key: value for key, value in described.items() if key not in _NOT_IDENTITY}
     text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(f"{text}\0{state_digest(model)}".encode()).hexdigest()
+    return hashlib.sha256(f"{text}\0{state or state_digest(model)}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -229,22 +229,82 @@ class Overlay:
         save_tensors(path, _FILE_KIND, tensors, {"space": self.neurons.space.to_dict()})
 
     @classmethod
-    def load(cls, path: PathLike) -> Overlay:
+    def load(cls, path: PathLike, verified: bool = False) -> Overlay:
         """
+        Args:
+            verified: as `load_tensors` has it.
+
         Raises:
             InputError: no such file, or not an overlay.
             FailedError: the file is corrupt, or holds values that are not finite.
         """
-        tensors, description = load_tensors(path, _FILE_KIND)
+        tensors, description = load_tensors(path, _FILE_KIND, verified)
         with understood(path):
             neurons = NeuronSet.from_tensors(NeuronSpace.from_dict(description["space"]), _under("neurons/", tensors))
             values = _under("rows/", tensors)
             for name, rows in values.items():
                 if rows.dim() != 2 or rows.dtype not in _DTYPES:
                     raise FailedError(f"{path} holds {rows.dim()}-dimensional {rows.dtype} as rows of module {name!r}")
-                if not torch.isfinite(rows).all():
+                if not all_finite(rows):
                     raise FailedError(f"{path} holds values that are not finite, in module {name!r}")
             return cls(neurons, values)
+
+
+def all_finite(rows: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN."""
+    # Neither goes away in a sum, which takes a fraction of the time; but finite values may add up to infinity.
+    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+
+
+class Layers:
+    """Overlays laid on one another, the oldest first: what they make of a model, module by module.
+
+    Of many overlays each weight is gone through once, which is what laying on costs.
+    """
+
+    def __init__(self, model: nn.Module, overlays: Sequence[Overlay]) -> None:
+        """
+        Args:
+            model: the base model, nothing laid on.
+
+        Raises:
+            InputError: an overlay of another model; nothing is written.
+        """
+        self._modules: dict[str, tuple[nn.Module, list[tuple[Side, torch.Tensor, torch.Tensor]]]] = {}
+        self._replaced: dict[str, list[tuple[Side, torch.Tensor, torch.Tensor]]] = {}
+        for overlay in overlays:
+            for name, module, rows in _chosen(model, overlay.neurons):
+                values, width = overlay.values[name], matrix_shape(name, module)[1 if rows.side == "row" else 0]
+                if values.shape != (len(rows.positions), width):
+                    raise InputError(
+                        f"overlay rows for module {name!r} are {tuple(values.shape)}, the model's "
+                        f"{(len(rows.positions), width)}: it was trained on another model"
+                    )
+                index = _index(rows, module)
+                self._modules.setdefault(name, (module, []))[1].append((rows.side, index, values))
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Name of each weight that is written -> its module's."""
+        return {f"{name}.weight": name for name in self._modules}
+
+    def lay_on(self, name: str) -> None:
+        """Write what the overlays have of one module; what was there is kept."""
+        module, layers = self._modules[name]
+        kept = self._replaced[name] = []
+        for side in dict.fromkeys(side for side, _, _ in layers):
+            index = torch.cat([index for other, index, _ in layers if other == side]).unique()
+            kept.append((side, index, read_rows(module, side, index)))
+        for side, index, values in layers:
+            write_rows(module, side, index, values)
+
+    def take_off(self) -> None:
+        """Write back, bit for bit, whatever was there."""
+        for name, kept in self._replaced.items():
+            # A row and a column cross; both were read before anything was written.
+            for side, index, values in kept:
+                write_rows(self._modules[name][0], side, index, values)
+        self._replaced = {}
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from neft.errors import FailedError, InputError
+from neft.errors import FailedError, InputError, NeftError
 from registry.reading import Reading
 from registry.records import Entry, learnt_of
 
@@ -49,8 +50,11 @@ class Checkouts(Reading):
             FailedError: a file is missing or damaged, or the model is not the one that was recorded.
         """
         entry = self.get(task, version) if isinstance(task, str) else task
-        model, tokenizer = load_base_of(entry, base)
-        self.lay_on(entry, model, verify=verify)
+        # The files are read and compared while the model is loaded.
+        with ThreadPoolExecutor(1) as pool:
+            overlays = pool.submit(self._overlays, entry)
+            model, tokenizer = load_base_of(entry, base)
+            self._lay(entry, model, overlays.result(), verify)
         return model, tokenizer
 
     def lay_on(self, entry: Entry, model: nn.Module, *, verify: bool = True) -> None:
@@ -65,16 +69,29 @@ class Checkouts(Reading):
             InputError: `model` is another base model.
             FailedError: a file is missing or damaged, or the result is not the state that was recorded.
         """
-        if verify:
-            check_base(entry, model)
-        states = self.states(entry, model)
-        states.visit(entry.reference)
-        if verify:
-            try:
-                check_state(entry, model, "learn the task again")
-            except FailedError:
-                states.visit(None)
-                raise
+        self._lay(entry, model, self._overlays(entry), verify)
+
+    def _overlays(self, entry: Entry) -> Sequence[Overlay]:
+        return [self.overlay(link) for link in self.chain(entry)]
+
+    def _lay(self, entry: Entry, model: nn.Module, overlays: Sequence[Overlay], verify: bool) -> None:
+        """Lay a chain's overlays on, and compare the model before and after with what was recorded."""
+        from neft.audit import base_fingerprint, digests_around
+        from neft.overlay import Layers
+
+        layers = Layers(model, overlays)
+        change = {weight: partial(layers.lay_on, name) for weight, name in layers.weights.items()}
+        if not verify:
+            for work in change.values():
+                work()
+            return
+        before, after = digests_around(model, change)
+        try:
+            _check_fingerprint(entry, base_fingerprint(model, before))
+            _check_digest(entry, after, "learn the task again")
+        except NeftError:
+            layers.take_off()
+            raise
 
     def states(self, entry: Entry, model: nn.Module) -> States:
         """The states of an entry's chain, by reference, for `model` to step between; it stands at the base.
@@ -209,7 +226,11 @@ def check_base(entry: Entry, model: nn.Module) -> None:
     """
     from neft.audit import base_fingerprint
 
-    if (found := base_fingerprint(model)) != entry.base_model.fingerprint:
+    _check_fingerprint(entry, base_fingerprint(model))
+
+
+def _check_fingerprint(entry: Entry, found: str) -> None:
+    if found != entry.base_model.fingerprint:
         raise InputError(
             f"{entry.reference} was learnt on base model {entry.base_model.name!r} "
             f"({entry.base_model.fingerprint[:12]}), but the one given is {found[:12]}; give that base model"
@@ -223,7 +244,11 @@ def check_state(entry: Entry, model: nn.Module, advice: str) -> None:
     """
     from neft.audit import state_digest
 
-    if (found := state_digest(model)) != entry.state_digest:
+    _check_digest(entry, state_digest(model), advice)
+
+
+def _check_digest(entry: Entry, found: str, advice: str) -> None:
+    if found != entry.state_digest:
         raise FailedError(
             f"{entry.reference} cannot be rebuilt: the weights' digest is {found[:12]}, recorded is "
             f"{entry.state_digest[:12]}; {advice}"

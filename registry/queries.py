@@ -78,7 +78,10 @@ def split_reference(reference: str, version: int | None) -> tuple[str, int | str
     if not at:
         return task, version
     if not written:
-        raise InputError(f"{reference!r} has nothing after '@'; write {task}@3, {task}@ALIAS, or {task} for the newest")
+        raise InputError(
+            f"{shortened(reference)} has nothing after '@'; write a version or an alias there, or the task alone for "
+            "the newest"
+        )
     if written.isdecimal() and len(written) > _MOST_DIGITS:
         raise NotFoundError(f"no task has as many versions as {shortened(reference)} says; give a smaller number")
     found = int(written) if written.isdecimal() else written
@@ -148,7 +151,7 @@ def _aliased_entry(session: Session, task: TaskRow, alias: str) -> EntryRow:
     if row is None:
         known = session.scalars(select(AliasRow.name).where(AliasRow.task_id == task.id)).all()
         hint = nearest(alias, known) if known else "it has none; set one with `neft registry alias`"
-        raise NotFoundError(f"task {task.name!r} has no alias {alias!r}; {hint}")
+        raise NotFoundError(f"task {task.name!r} has no alias {shortened(alias)}; {hint}")
     return row
 
 
@@ -162,7 +165,7 @@ def named_task(session: Session, name: str, base_model: str | None) -> TaskRow:
     if not tasks:
         known = session.scalars(select(TaskRow.name).distinct()).all()
         hint = nearest(name, known) if known else "nothing has been recorded yet"
-        raise NotFoundError(f"no task {name!r} in the registry; {hint}")
+        raise NotFoundError(f"no task {shortened(name)} in the registry; {hint}")
     chosen = [task for task in tasks if base_model is None or is_base(task.base_model, base_model)]
     if len(chosen) == 1:
         return chosen[0]

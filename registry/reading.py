@@ -109,7 +109,7 @@ class Reading:
         """
         from neft.overlay import Overlay
 
-        return Overlay.load(self._artifacts.fetch(entry.overlay_file, entry.reference))
+        return Overlay.load(self._artifacts.fetch(entry.overlay_file, entry.reference), verified=True)
 
     def scores(self, entry: Entry) -> Scores | None:
         """The scores the set was chosen by, if they were recorded.

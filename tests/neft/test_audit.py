@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from neft import NeuronSet, NeuronSpace, Overlay
-from neft.audit import Audit, WeightAudit, base_fingerprint, state_digest, trained_weights
+from neft.audit import Audit, WeightAudit, base_fingerprint, digests_around, state_digest, trained_weights
 from neft.neurons import KINDS, Kind
 from tests.neft.helpers import draw, state
 from tests.tiny import FAMILIES, tiny_model
@@ -186,3 +187,47 @@ def test_one_flipped_bit_of_a_weight_that_is_not_trained_is_noticed() -> None:
     assert not found.identical and found.changed == ("transformer.h.0.mlp.c_fc.bias",)
     unique = sum(weight.numel() for weight in model.parameters())
     assert found.parameters_outside == unique - model.lm_head.weight.numel()
+
+
+def test_digests_around_a_change_are_those_before_and_after_it() -> None:
+    model = tiny_model()
+    before = state_digest(model)
+
+    def change() -> None:
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[3] += 1
+
+    found = digests_around(model, {"model.layers.1.mlp.down_proj.weight": change})
+    assert found == (before, state_digest(model))
+    assert found[0] != found[1]
+
+
+def test_digests_around_a_change_of_a_weight_of_two_names() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before = state_digest(model)
+
+    def change() -> None:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[3] += 1
+
+    assert digests_around(model, {"model.embed_tokens.weight": change}) == (before, state_digest(model))
+    assert state_digest(model) != before
+
+
+def test_a_change_that_fails_ends_the_digests() -> None:
+    def change() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        digests_around(tiny_model(), {"model.layers.0.mlp.up_proj.weight": change})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from neft import FailedError, InputError, NeftConfig, NeuronSet, NeuronSpace, Overlay
 from neft.neurons import KINDS, Kind
-from neft.overlay import storage_dim
+from neft.overlay import Layers, all_finite, storage_dim
 from tests.neft.helpers import differing, draw, logits, state
 from tests.tiny import FAMILIES, batch, tiny_model
 
@@ -102,6 +102,45 @@ def test_the_latest_overlay_wins_where_two_meet(model: Any) -> None:
     weight = model.get_submodule(UP).weight
     assert torch.equal(weight[1], first.values[UP][0])
     assert torch.equal(weight[2:4], second.values[UP])
+
+
+@pytest.mark.parametrize("kinds", [("ffn",), ("ffn_in", "ffn_out"), ("ffn", "attention"), ("qk", "attention")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_layers_are_the_chain_laid_on_at_once(family: str, kinds: tuple[Kind, ...]) -> None:
+    model, other = tiny_model(family), tiny_model(family)
+    space = NeuronSpace.from_model(model, kinds)
+    chain = [overlay(draw(space, seed=seed), model, seed) for seed in range(4)]
+    before = state(model)
+    for each in chain:
+        each.lay_on(other)
+    layers = Layers(model, chain)
+    for name in layers.weights.values():
+        layers.lay_on(name)
+    assert differing(state(model), state(other)) == []
+    assert differing(state(model), before) != []
+    layers.take_off()
+    assert differing(state(model), before) == []
+
+
+def test_layers_of_another_model_are_refused_untouched(model: Any, neurons: NeuronSet) -> None:
+    narrow = overlay(neurons, model)
+    cut = Overlay(neurons, {name: rows[:, :-1] for name, rows in narrow.values.items()})
+    before = state(model)
+    with pytest.raises(InputError, match="trained on another model"):
+        Layers(model, [narrow, cut])
+    assert differing(state(model), before) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_finite(value: float, dtype: torch.dtype) -> None:
+    rows = torch.full((64, 64), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(rows)  # though their sum is not
+    assert all_finite(-torch.eye(64, dtype=dtype))
+    rows[3, 5] = value
+    assert not all_finite(rows)
+    rows[3, 6] = -value
+    assert not all_finite(rows)
 
 
 def test_an_overlay_comes_back_from_its_file(model: Any, neurons: NeuronSet, tmp_path: Path) -> None:

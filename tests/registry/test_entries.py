@@ -98,7 +98,7 @@ def test_to_dict_is_json(pupil):
         ("sst2@3", None, "no version 3; its versions are 1 to 1"),
         ("sst2@0", None, "no version 0"),
         ("sst2@newest", None, "no alias 'newest'; it has none"),
-        ("sst2@", None, "nothing after '@'; write sst2@3"),
+        ("sst2@", None, "nothing after '@'; write a version or an alias"),
         ("sst2@1", 2, "disagree"),
         ("'; DROP TABLE entries; --", None, "no task"),
     ],

@@ -291,7 +291,9 @@ def test_a_database_that_fails_is_503(folder, registry, pupil):
         assert str(folder / "registry.db") in got(client, f"/api/{path}", 503)["detail"]
 
 
-@pytest.mark.parametrize("path", ["/", "/page/style.css", "/api/tasks", "/api/nothing", "/api/search?filter=(", "/api/docs"])
+@pytest.mark.parametrize(
+    "path", ["/", "/page/style.css", "/api/tasks", "/api/nothing", "/api/search?filter=(", "/api/docs"]
+)
 def test_every_answer_has_the_headers(client, path):
     answer = client.get(path, headers={"Origin": "http://elsewhere.example"})
     assert {name: answer.headers[name] for name in HEADERS} == HEADERS

@@ -11,7 +11,7 @@ export const isFilter = (text) => /[=<>]|\s(not\s+)?i?like\s*'|\s(not\s+)?in\s*\
 export async function showTasks(box, parts, query) {
   const tasks = await api("tasks");
   const status = el("p", { class: "status", role: "status" });
-  const found = el("div");
+  const found = el("div", { class: "wide" });
   const input = el("input", {
     type: "search", id: "search", value: query.get("q") ?? "", autocomplete: "off", spellcheck: "false", "data-first": matchMedia("(hover: hover)").matches,
     autocapitalize: "off", placeholder: "Search", "aria-describedby": "search-help",
