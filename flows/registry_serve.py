@@ -14,6 +14,7 @@ from flows.registry_options import OUT, Debug, Location, open_registry, registry
 from neft.errors import InputError
 
 TOKEN = "NEFT_TOKEN"
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost")
 
 
 @registry_app.command()
@@ -39,7 +40,8 @@ def serve(
         OUT.file.flush()
         import uvicorn
 
-        app = create_app(registry, os.environ.get(TOKEN), links)
+        hosts = _LOOPBACK_NAMES if host in _LOOPBACK_NAMES else ()
+        app = create_app(registry, os.environ.get(TOKEN), links, hosts)
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
         with suppress(KeyboardInterrupt):  # the ordinary end
             uvicorn.Server(config).run(sockets=[listener])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
@@ -25,13 +27,17 @@ An entry is named by its task (the newest version), by `TASK@3`, or by `TASK@ALI
 """
 
 
-def create_app(registry: Registry, token: str | None = None, links: Links | None = None) -> FastAPI:
+def create_app(
+    registry: Registry, token: str | None = None, links: Links | None = None, hosts: Sequence[str] = ()
+) -> FastAPI:
     """The application that serves a registry.
 
     Args:
         registry: open; who serves it closes it.
         token: what a request must carry to write aliases and tags; without one, nothing can be written.
         links: where the runs that made the entries are shown.
+        hosts: the names by which the server may be asked; any, unless some are given. On a loopback address this keeps
+            out a site elsewhere whose name was pointed here to read it through a browser.
     """
     app = FastAPI(
         title="neft registry",
@@ -57,5 +63,7 @@ def create_app(registry: Registry, token: str | None = None, links: Links | None
         return FileResponse(_PAGE / "index.html")
 
     app.mount("/page", StaticFiles(directory=_PAGE))
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Guard)
     return app

@@ -542,3 +542,11 @@ def test_it_is_said_when_others_can_listen_in(monkeypatch):
     assert "http://[::1]:5055/api/docs" in announcement("::1", 5055)
     monkeypatch.delenv("NEFT_TOKEN")
     assert "NEFT_TOKEN" in announcement("127.0.0.1", 5055)
+
+
+def test_a_site_elsewhere_cannot_read_a_server_on_loopback(shown):
+    guarded = TestClient(create_app(shown, hosts=("127.0.0.1", "localhost")))
+    for host, status in {"127.0.0.1:5055": 200, "localhost": 200, "rebound.example:5055": 400}.items():
+        answer = guarded.get("/api/tasks", headers={"Host": host})
+        assert answer.status_code == status
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
