@@ -38,7 +38,8 @@ Made by `python -m benchmarks.forgetting` from `benchmarks/results/forgetting.js
 names of comparisons, reads from MLflow, on every machine its own runs; do not edit it by hand. Every method stands at
 the learning rate that learnt best on the first order and seed: mean and sample standard deviation over orders and
 seeds, and in brackets how many runs. A `*` marks a difference to the first method beyond noise (95 % t-interval, paired
-by order and seed).
+by order and seed). Seconds are those of runs that shared their cores with other work, some of them for longer than
+others: what a step costs is measured in [Benchmarks](benchmarks.md).
 """
 
 
