@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 #: What transformers raises for files that are missing, broken, or of no known family.
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, struct.error)
+
+#: While it loads a model, transformers changes its own classes: two threads that load at once may leave them changed,
+#: so that weights are no longer tied in any model after.
+_LOADING = threading.Lock()
 
 
 def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -51,9 +56,10 @@ def load_base(name: str, dtype: Dtype = "float32") -> tuple[PreTrainedModel, Pre
 
 
 def _model_and_report(source: str | Path, dtype: Dtype, **options: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, dtype), output_loading_info=True, **options
-    )
+    with _LOADING:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
     model, report = loaded
     return model, report
 

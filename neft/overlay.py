@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -262,16 +263,17 @@ class Layers:
     Of many overlays each weight is gone through once, which is what laying on costs.
     """
 
-    def __init__(self, model: nn.Module, overlays: Sequence[Overlay]) -> None:
+    def __init__(self, model: nn.Module, overlays: Sequence[Overlay], keep: bool = True) -> None:
         """
         Args:
             model: the base model, nothing laid on.
+            keep: what the layers replace, in as much memory, to take them off again.
 
         Raises:
             InputError: an overlay of another model; nothing is written.
         """
         self._modules: dict[str, tuple[nn.Module, list[tuple[Side, torch.Tensor, torch.Tensor]]]] = {}
-        self._replaced: dict[str, list[tuple[Side, torch.Tensor, torch.Tensor]]] = {}
+        self._replaced: dict[str, list[tuple[Side, torch.Tensor, torch.Tensor]]] | None = {} if keep else None
         for overlay in overlays:
             for name, module, rows in _chosen(model, overlay.neurons):
                 values, width = overlay.values[name], matrix_shape(name, module)[1 if rows.side == "row" else 0]
@@ -288,19 +290,28 @@ class Layers:
         """Name of each weight that is written -> its module's."""
         return {f"{name}.weight": name for name in self._modules}
 
+    @torch.no_grad()
     def lay_on(self, name: str) -> None:
-        """Write what the overlays have of one module; what was there is kept."""
+        """Write what the overlays have of one module."""
         module, layers = self._modules[name]
-        kept = self._replaced[name] = []
-        for side in dict.fromkeys(side for side, _, _ in layers):
-            index = torch.cat([index for other, index, _ in layers if other == side]).unique()
-            kept.append((side, index, read_rows(module, side, index)))
-        for side, index, values in layers:
-            write_rows(module, side, index, values)
+        if self._replaced is not None:
+            kept = self._replaced[name] = []
+            for side in dict.fromkeys(side for side, _, _ in layers):
+                index = torch.cat([index for other, index, _ in layers if other == side]).unique()
+                kept.append((side, index, read_rows(module, side, index)))
+        for side, together in groupby(layers, key=lambda layer: layer[0]):
+            weight = weight_of(module)
+            apart = storage_dim(module, side) == 1
+            # Columns lie apart in memory: turned twice, they are written as rows are, however many layers there are.
+            turned = weight.T.contiguous() if apart else weight
+            for _, index, values in together:
+                turned.index_copy_(0, index, values.to(device=weight.device, dtype=weight.dtype))
+            if apart:
+                weight.copy_(turned.T)
 
     def take_off(self) -> None:
-        """Write back, bit for bit, whatever was there."""
-        for name, kept in self._replaced.items():
+        """Write back, bit for bit, whatever was there, if it was kept."""
+        for name, kept in (self._replaced or {}).items():
             # A row and a column cross; both were read before anything was written.
             for side, index, values in kept:
                 write_rows(self._modules[name][0], side, index, values)

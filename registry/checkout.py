@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from neft.states import States
 
 
+#: Files that are read and compared at once.
+_AT_ONCE = 2
+
+
 class Checkouts(Reading):
     """Rebuilds the states that entries were recorded for, and proves that they are those."""
 
@@ -50,11 +54,12 @@ class Checkouts(Reading):
             FailedError: a file is missing or damaged, or the model is not the one that was recorded.
         """
         entry = self.get(task, version) if isinstance(task, str) else task
-        # The files are read and compared while the model is loaded.
-        with ThreadPoolExecutor(1) as pool:
-            overlays = pool.submit(self._overlays, entry)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            # The files are read and compared while the model is loaded.
+            overlays = [pool.submit(self.overlay, link) for link in self.chain(entry)]
             model, tokenizer = load_base_of(entry, base)
-            self._lay(entry, model, overlays.result(), verify)
+            # A model that is refused is not given to anybody, so that nothing need be kept to mend it.
+            _lay(entry, model, [each.result() for each in overlays], verify, keep=False)
         return model, tokenizer
 
     def lay_on(self, entry: Entry, model: nn.Module, *, verify: bool = True) -> None:
@@ -69,29 +74,7 @@ class Checkouts(Reading):
             InputError: `model` is another base model.
             FailedError: a file is missing or damaged, or the result is not the state that was recorded.
         """
-        self._lay(entry, model, self._overlays(entry), verify)
-
-    def _overlays(self, entry: Entry) -> Sequence[Overlay]:
-        return [self.overlay(link) for link in self.chain(entry)]
-
-    def _lay(self, entry: Entry, model: nn.Module, overlays: Sequence[Overlay], verify: bool) -> None:
-        """Lay a chain's overlays on, and compare the model before and after with what was recorded."""
-        from neft.audit import base_fingerprint, digests_around
-        from neft.overlay import Layers
-
-        layers = Layers(model, overlays)
-        change = {weight: partial(layers.lay_on, name) for weight, name in layers.weights.items()}
-        if not verify:
-            for work in change.values():
-                work()
-            return
-        before, after = digests_around(model, change)
-        try:
-            _check_fingerprint(entry, base_fingerprint(model, before))
-            _check_digest(entry, after, "learn the task again")
-        except NeftError:
-            layers.take_off()
-            raise
+        _lay(entry, model, [self.overlay(link) for link in self.chain(entry)], verify, keep=True)
 
     def states(self, entry: Entry, model: nn.Module) -> States:
         """The states of an entry's chain, by reference, for `model` to step between; it stands at the base.
@@ -200,6 +183,30 @@ class Checkouts(Reading):
                 "again in a new registry"
             )
         return Router({reference: signature for reference, signature in signatures.items() if signature is not None})
+
+
+def _lay(entry: Entry, model: nn.Module, overlays: Sequence[Overlay], verify: bool, keep: bool) -> None:
+    """Lay a chain's overlays on, and compare the model before and after with what was recorded.
+
+    Args:
+        keep: what they replace, so that a model that is refused is left as it was.
+    """
+    from neft.audit import base_fingerprint, digests_around
+    from neft.overlay import Layers
+
+    layers = Layers(model, overlays, keep)
+    change = {weight: partial(layers.lay_on, name) for weight, name in layers.weights.items()}
+    if not verify:
+        for work in change.values():
+            work()
+        return
+    before, after = digests_around(model, change)
+    try:
+        _check_fingerprint(entry, base_fingerprint(model, before))
+        _check_digest(entry, after, "learn the task again")
+    except NeftError:
+        layers.take_off()
+        raise
 
 
 def load_base_of(entry: Entry, base: PathLike | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

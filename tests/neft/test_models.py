@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def test_a_folder_is_loaded_bit_for_bit(family: str, tmp_path: Path) -> None:
 
 def test_the_tokenizer_comes_with_the_model(folder: Path) -> None:
     assert load_base(str(folder))[1]("red fox").input_ids == tiny_tokenizer()("red fox").input_ids
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(folder: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = [model for model, _ in pool.map(lambda _: load_base(str(folder)), range(8))]
+    assert len({base_fingerprint(model) for model in loaded}) == 1
+    model = tiny_model("gpt2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

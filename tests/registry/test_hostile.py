@@ -469,3 +469,13 @@ def test_a_neuron_space_with_numbers_of_no_model(pupil):
         with refused("no model has a site as the neuron space describes"):
             NeuronSpace.from_dict(described | {"sites": [described["sites"][0] | changes]})
     assert NeuronSpace.from_dict(described) == pupil.space
+
+
+def test_a_chain_that_comes_back_to_itself(anywhere, student, place):
+    entry = student.record("sst2")
+    unguarded = {"sqlite": "DROP TRIGGER entries_no_update", "postgresql": "ALTER TABLE entries DISABLE TRIGGER USER"}
+    with place.sql() as connection:
+        connection.exec_driver_sql(unguarded[place.kind])
+        connection.exec_driver_sql("UPDATE entries SET parent_id = id")
+    with refused("the chain of entry 1 comes back to entry 1"):
+        anywhere.chain(entry)
