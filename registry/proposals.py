@@ -62,6 +62,8 @@ def eligible(
         if entry.id <= last
         and entry.base_model.fingerprint == base_model
         and entry.space_fingerprint == space.fingerprint
+        # What takes an entry out of its chain has learnt nothing.
+        and entry.forgets is None
     ]
     if source == "auto":
         return [entry for entry in found if entry.stream != stream]

@@ -62,6 +62,13 @@ def test_only_what_was_there_before_the_run_is_eligible(
     assert [entry.reference for entry in found] == [first.reference, last.reference]
 
 
+def test_what_only_forgets_is_nothing_to_start_from(pupil: Pupil, registry: Registry) -> None:
+    first = pupil.record("first")
+    again = pupil.record("first", forgets=first)
+    assert eligible(registry, "mine", pupil.base, pupil.space, again.id) == [first]
+    assert eligible(registry, "mine", pupil.base, pupil.space, again.id, "first") == [first]
+
+
 def test_a_named_source_is_its_newest_version_before_the_run(pupil: Pupil, registry: Registry) -> None:
     one, two = pupil.record("task"), pupil.record("task")
     pupil.record("task")
