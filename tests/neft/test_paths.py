@@ -118,7 +118,8 @@ def test_both_paths_agree_with_a_plain_model_in_bfloat16(family: str, path: str,
     found = gradients(peft_model, inputs)
     assert {gradient.dtype for gradient in found.values()} == rows
     true, plain_ones = masked_gradients(exact, neurons, inputs), masked_gradients(plain, neurons, inputs)
-    assert error(flat(found), flat(true)) < 2.5 * error(flat(plain_ones), flat(true)) < 0.2
+    # Twice the rounding on processors with bfloat16 products, 2.7 times it on one without them.
+    assert error(flat(found), flat(true)) < 3 * error(flat(plain_ones), flat(true)) < 0.24
 
 
 @some_families
@@ -154,7 +155,8 @@ def test_both_paths_train_alike_in_bfloat16(single: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert losses[0][-1] < losses[0][0] - 0.5
-    assert losses[1] == pytest.approx(losses[0], abs=0.1)
+    # Roundings add up over the steps: to 0.14 on a processor without bfloat16 products, of a loss that fell by 2.
+    assert losses[1] == pytest.approx(losses[0], abs=0.2)
 
 
 @some_families

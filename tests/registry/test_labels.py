@@ -73,11 +73,11 @@ def test_tags_are_noted_replaced_and_taken_off(pupil: Pupil, anywhere: Registry)
 @pytest.mark.parametrize(
     ("key", "value"), [("", "x"), (" ", "x"), ("k" * (LONGEST_NAME + 1), "x"), ("k", "v" * (LONGEST_VALUE + 1))]
 )
-def test_a_tag_that_is_no_note_is_refused(pupil: Pupil, registry: Registry, key: str, value: str) -> None:
+def test_a_tag_that_is_no_note_is_refused(pupil: Pupil, anywhere: Registry, key: str, value: str) -> None:
     entry = pupil.record("film")
     with pytest.raises(InputError, match=r"tag .* cannot be set"):
-        registry.set_tag(entry, key, value)
-    assert registry.tags(entry) == {}
+        anywhere.set_tag(entry, key, value)
+    assert anywhere.tags(entry) == {}
 
 
 def test_labels_are_of_one_base_model(
