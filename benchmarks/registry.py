@@ -154,8 +154,7 @@ def lookups(registry: Registry, space: NeuronSpace, count: int) -> dict[str, Any
     sites = [site.name for site in space.sites]
     cold = _seconds(lambda: registry.owners(sites[0], 0))
     owners = [
-        _seconds(lambda: registry.owners(draw.choice(sites), draw.randrange(SEVEN.intermediate_size)))
-        for _ in range(100)
+        _seconds(lambda: registry.owners(draw.choice(sites), draw.randrange(space.sites[0].size))) for _ in range(100)
     ]
     entry = registry.get("task-7@champion")
     near = [_seconds(lambda: registry.nearest(entry, 10)) for _ in range(20)]

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from benchmarks import page, peers, training
+from benchmarks import registry as registry_benchmark
 from benchmarks.measure import RESULTS, ratios
 from benchmarks.optimiser import AdamW
+from neft.neurons import NeuronSpace
+from registry import Registry
 from tests.tiny import tiny_model
 
 TINY = LlamaConfig(
@@ -130,3 +135,21 @@ print("imported")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["imported"], done.stderr
+
+
+def test_the_registrys_look_ups_are_measured_and_agree_with_a_plain_loop(tmp_path: Path) -> None:
+    space = NeuronSpace.from_model(tiny_model())
+    with closing(Registry.open(tmp_path)) as registry:
+        registry_benchmark.fill(registry, space, 60)
+        found = registry_benchmark.lookups(registry, space, 60)
+        assert found["nearest_agrees"]
+        assert 0 < found["by_alias"]["p50"] <= found["by_alias"]["p99"]
+        assert found["nearest"]["median"] > 0
+        assert registry_benchmark.database_bytes(registry, 60) > 1000
+
+
+def test_sets_of_a_family_share_neurons_and_have_a_tenth_of_all() -> None:
+    first, second, *_, stranger = registry_benchmark.made_up(10_000, registry_benchmark.FAMILY + 1)
+    assert len(first) == len(second) == len(stranger) == 1000
+    assert first.intersection_cardinality(second) > 350
+    assert first.intersection_cardinality(stranger) < 200
