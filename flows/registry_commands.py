@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -282,25 +283,49 @@ def overlaps(
     OUT.print(table)
 
 
+class Likeness(Enum):
+    """What two entries are alike in."""
+
+    neurons = "neurons"
+    scores = "scores"
+
+
 @registry_app.command()
 def nearest(
-    entry: EntryName,
+    to: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENTRY",
+            help="An entry, or a file that NeuronSet.save wrote, or Scores.save with --by scores.",
+            show_default=False,
+        ),
+    ],
     k: HowMany = 10,
+    by: Annotated[Likeness, typer.Option(help="What is compared.")] = Likeness.neurons,
     base_model: BaseModel = None,
     json_: Json = False,
     location: Location = None,
     debug: Debug = False,
 ) -> None:
-    """List the entries whose neurons are most like an entry's, by intersection over union.
+    """List the entries whose neurons are most like an entry's, by intersection over union; or whose scores are.
 
     Example: neft registry nearest bbc-topic -k 5
     """
     with open_registry(location) as registry:
-        found = registry.nearest(registry.get(entry, base_model=base_model), k)
+        if not Path(to).is_file():
+            found = registry.nearest(registry.get(to, base_model=base_model), k, by=by.value)
+        elif by is Likeness.scores:
+            from neft.scoring import Scores
+
+            found = registry.nearest(Scores.load(to), k)
+        else:
+            from neft.neurons import NeuronSet
+
+            found = registry.nearest(NeuronSet.load(to), k)
     if json_:
         print_json([each.to_dict() for each in found])
         return
-    table = Table("entry", "intersection over union")
+    table = Table("entry", "correlation of scores" if by is Likeness.scores else "intersection over union")
     for each in found:
         table.add_row(*cells(each.entry, f"{each.value:.3f}"))
     OUT.print(table)

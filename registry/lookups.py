@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from sqlalchemy import func, select
@@ -307,7 +307,9 @@ class Lookups(Checkouts):
             for site in numbering.sites
         ]
 
-    def nearest(self, to: str | Entry | NeuronSet | Scores, k: int = 10) -> Sequence[Near]:
+    def nearest(
+        self, to: str | Entry | NeuronSet | Scores, k: int = 10, *, by: Literal["neurons", "scores"] = "neurons"
+    ) -> Sequence[Near]:
         """The entries that are most like an entry, a set or scores, of the same neuron space; of equals the newer.
 
         Args:
@@ -315,21 +317,25 @@ class Lookups(Checkouts):
                 with the entries' scores by Spearman's correlation (its mean over sites), instead of the sets by
                 intersection over union.
             k: how many, 1 and up.
+            by: whether an entry is compared by its neurons or by its scores.
 
         Raises:
-            InputError: no such entry, or `k` is less than 1.
+            InputError: no such entry, it was recorded without scores, or `k` is less than 1.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for 1 entry or more")
         if isinstance(to, str):
             to = self.get(to)
+        if isinstance(to, Entry) and by == "scores":
+            base = to.base_model
+            return self._nearest_scores(self._scores_of(to), k, lambda each: each.base_model == base and each != to)
         if isinstance(to, Entry):
             return self._nearest_sets(to, None, k)
         from neft.neurons import NeuronSet
 
         if isinstance(to, NeuronSet):
             return self._nearest_sets(None, to, k)
-        return self._nearest_scores(to, k)
+        return self._nearest_scores(to, k, lambda _: True)
 
     def _nearest_sets(self, entry: Entry | None, neurons: NeuronSet | None, k: int) -> Sequence[Near]:
         with self._database.reading() as session:
@@ -355,11 +361,11 @@ class Lookups(Checkouts):
             if iou[place] >= 0
         ]
 
-    def _nearest_scores(self, scores: Scores, k: int) -> Sequence[Near]:
+    def _nearest_scores(self, scores: Scores, k: int, among: Callable[[Entry], bool]) -> Sequence[Near]:
         from registry.proposals import correlation
 
         found = []
-        for entry in self._of_space(scores.space.fingerprint):
+        for entry in filter(among, self._of_space(scores.space.fingerprint)):
             value = correlation(self.scores(entry), scores)
             if value is not None:
                 found.append((-value, -entry.id, Near(entry.reference, entry.task, value)))
@@ -415,7 +421,7 @@ class Lookups(Checkouts):
         among = [
             each
             for each in self._of_space(given.space.fingerprint)
-            if entry is None or (each.base_model == entry.base_model and each.id != entry.id)
+            if each.forgets is None and (entry is None or (each.base_model == entry.base_model and each.id != entry.id))
         ]
         signature = self.signature(entry) if entry is not None else None
         return propose(self, among, given, chosen, signature)[: max(k, 0)]

@@ -12,6 +12,7 @@ from registry.server.schemas import (
     Count,
     File,
     Filter,
+    Likeness,
     Named,
     Neuron,
     Order,
@@ -121,10 +122,12 @@ def strongest(request: Request, reference: Reference, k: Count = 20, base_model:
 
 
 @router.get("/entries/{reference}/nearest")
-def nearest(request: Request, reference: Reference, k: Count = 10, base_model: Base = None) -> Response:
-    """The entries whose neurons are most like the entry's, by intersection over union."""
+def nearest(
+    request: Request, reference: Reference, k: Count = 10, by: Likeness = "neurons", base_model: Base = None
+) -> Response:
+    """The entries whose neurons are most like the entry's, by intersection over union; or whose scores are."""
     entry = entry_of(request, reference, base_model)
-    return answer([each.to_dict() for each in registry_of(request).nearest(entry, k)])
+    return answer([each.to_dict() for each in registry_of(request).nearest(entry, k, by=by)])
 
 
 @router.get("/entries/{reference}")

@@ -30,6 +30,7 @@ Key = Annotated[str, Path(max_length=250, description="The tag's key.")]
 File = Annotated[Literal["overlay", "scores", "memory", "signature"], Path(description="Which of the entry's files.")]
 Base = Annotated[str | None, Query(max_length=1000, description=_BASE)]
 Count = Annotated[int, Query(ge=1, le=1000, description="How many at most, up to 1000.")]
+Likeness = Annotated[Literal["neurons", "scores"], Query(description="What is compared.")]
 Named = Annotated[str, Query(max_length=1000, description=_ENTRY)]
 Neuron = Annotated[int | None, Query(ge=0, le=_LARGEST, description="Its index in the site; without it, any.")]
 Site = Annotated[str, Query(max_length=1000, description="A site, such as `model.layers.3.ffn`.")]
@@ -52,6 +53,15 @@ class Wish(BaseModel):
 
     entry: Text = Field(max_length=1000, description=_ENTRY)
     k: int = Field(default=5, ge=1, le=1000, description="How many proposals at most, up to 1000.")
+    base_model: Text | None = Field(default=None, max_length=1000, description=_BASE)
+
+
+class Chosen(BaseModel):
+    """A neuron set, of the neuron space of an entry, and how many entries near it to find."""
+
+    space_of: Text = Field(max_length=1000, description=_ENTRY)
+    neurons: dict[Text, list[Annotated[int, Field(ge=0, le=_LARGEST)]]] = Field(description="Site -> neurons.")
+    k: int = Field(default=10, ge=1, le=1000, description="How many at most, up to 1000.")
     base_model: Text | None = Field(default=None, max_length=1000, description=_BASE)
 
 

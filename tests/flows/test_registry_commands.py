@@ -171,6 +171,17 @@ def test_nearest(asked: Any) -> None:
     assert len(found) == 3 and len(asked("nearest", "film@1", "-k", 1)) == 1
 
 
+def test_nearest_to_a_file(asked: Any, at_home: Taught, tmp_path: Path) -> None:
+    with at_home.open() as registry:
+        registry.neurons(registry.get("film@1")).save(tmp_path / "set.safetensors")
+    found = asked("nearest", str(tmp_path / "set.safetensors"), "-k", 1)
+    assert found == [{"entry": "film@1", "task": "film", "value": 1.0}]
+    # Both were recorded with these scores; of equals the newer comes first.
+    found = asked("nearest", str(at_home.scores), "--by", "scores")
+    assert [each["entry"] for each in found] == ["news@1", "film@1"]
+    assert [each["entry"] for each in asked("nearest", "news@1", "--by", "scores")] == ["film@1"]
+
+
 def test_capacity(asked: Any, at_home: Taught) -> None:
     lower, upper = asked("capacity", "news")
     assert (lower["site"], lower["owners"], lower["free"]) == (at_home.sites[0], {"film@1": 10, "news@1": 14}, 44)

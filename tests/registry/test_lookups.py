@@ -284,6 +284,9 @@ def test_nearest_by_scores_and_what_to_start_from(pupil: Pupil, anywhere: Regist
     assert suggested[0].entry.task == "twin"
     assert [each.entry.task for each in anywhere.suggest("wanted", k=1)] == ["twin"]
     assert len(anywhere.suggest(drawn(pupil.space, 1))) == 5
+    assert [each.task for each in anywhere.nearest(entry, 2, by="scores")] == ["twin", "cousin"]
+    forgetting = pupil.record("twin", forgets=anywhere.get("twin"), scores=drawn(pupil.space, 1))
+    assert forgetting.reference not in [each.entry.reference for each in anywhere.suggest(entry)]
     with pytest.raises(InputError, match="mute@1 was recorded without scores"):
         anywhere.suggest("mute")
     with pytest.raises(InputError, match=r"budget 0\.9: fraction 0\.9 is outside"):

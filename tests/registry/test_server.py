@@ -73,6 +73,9 @@ LOOKUPS = {
     "entries/spam/lineage": lambda registry: registry.lineage("spam").to_dict(),
     "entries/spam/strongest?k=7": lambda registry: [each.to_dict() for each in registry.strongest("spam", 7)],
     "entries/spam/nearest?k=3": lambda registry: [each.to_dict() for each in registry.nearest("spam", 3)],
+    "entries/spam/nearest?k=3&by=scores": lambda registry: [
+        each.to_dict() for each in registry.nearest("spam", 3, by="scores")
+    ],
     "owners?site=model.layers.3.ffn": lambda registry: [
         each.to_dict() for each in registry.owners("model.layers.3.ffn")
     ],
@@ -550,3 +553,14 @@ def test_a_site_elsewhere_cannot_read_a_server_on_loopback(shown):
         answer = guarded.get("/api/tasks", headers={"Host": host})
         assert answer.status_code == status
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_what_is_near_a_set_that_is_sent(shown, client):
+    wanted = shown.neurons(shown.get("spam"))
+    body = {"space_of": "spam", "neurons": {site: each.tolist() for site, each in wanted.indices.items()}, "k": 3}
+    answer = client.post("/api/nearest", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == as_json([each.to_dict() for each in shown.nearest(wanted, 3)])
+    assert answer.json()[0] == {"entry": "spam@1", "task": "spam", "value": 1.0}
+    for wrong in ({"neurons": {"model.layers.99.ffn": [1]}}, {"neurons": {"model.layers.3.ffn": [10**6]}}):
+        assert client.post("/api/nearest", json=body | wrong).status_code in (404, 422)
