@@ -66,10 +66,11 @@ def made_up(neurons: int, count: int, seed: int = 0) -> Iterator[FrozenBitMap]:
     for number in range(count):
         if number % FAMILY == 0:
             pool = draw.choice(neurons, size, replace=False)
-        kept = draw.choice(pool, round(SHARED * size), replace=False)
-        others = np.setdiff1d(draw.choice(neurons, size, replace=False), kept)[: size - len(kept)]
-        numbers = FrozenBitMap(np.concatenate([kept, others]).astype(np.uint32))
-        yield numbers
+        kept = pool[draw.permutation(size)[: round(SHARED * size)]]
+        # Some are drawn twice or are kept already: more than enough are drawn.
+        others = np.setdiff1d(draw.integers(neurons, size=size), kept)
+        others = others[draw.permutation(len(others))[: size - len(kept)]]
+        yield FrozenBitMap(np.concatenate([kept, others]).astype(np.uint32))
 
 
 def fill(registry: Registry, space: NeuronSpace, count: int) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 from sqlalchemy import bindparam, func, literal, null, select, union_all
 from sqlalchemy.orm import Session
 
-from registry.bitmaps import Indices, Numbering, read
+from registry.bitmaps import Indices, read
 from registry.database import Database
+from registry.index import Index
 from registry.queries import LARGEST_VERSION, named_entry, split_reference
 from registry.records import Entry
-from registry.schema import AliasRow, EntryRow, NeuronSetRow, NeuronSpaceRow, TagRow, TaskRow
+from registry.schema import AliasRow, EntryRow, NeuronSetRow, TagRow, TaskRow
 
 #: Entries whose unchanging part is kept in memory: some 10 kB each.
 _KEPT = 2000
@@ -50,6 +51,7 @@ class Descriptions:
     """Entries as JSON has them, and their neurons without torch."""
 
     _database: Database
+    _index: Index
 
     def describe(self, reference: str, base_model: str | None = None) -> Mapping[str, Any]:
         """An entry, its aliases and tags, and how many neurons it has in each site (`sites`); not to be changed.
@@ -77,7 +79,9 @@ class Descriptions:
             FailedError: they are damaged.
         """
         with self._database.reading() as session:
-            return _by_site(session, entry)
+            numbering = self._index.numbering(session, entry.space_fingerprint)
+            content = session.get_one(NeuronSetRow, entry.id).bitmap
+        return {site.name: indices for site, indices in numbering.by_site(read(content, numbering, entry.reference))}
 
     @cached_property
     def _unchanging(self) -> Callable[[int], dict[str, Any]]:
@@ -86,8 +90,9 @@ class Descriptions:
         def unchanging(entry_id: int) -> dict[str, Any]:
             with self._database.reading() as session:
                 entry = Entry.from_row(session.get_one(EntryRow, entry_id))
-                sites = {site: len(indices) for site, indices in _by_site(session, entry).items()}
-            return entry.to_dict() | {"sites": sites}
+                numbering = self._index.numbering(session, entry.space_fingerprint)
+                content = session.get_one(NeuronSetRow, entry_id).bitmap
+            return entry.to_dict() | {"sites": numbering.counts(read(content, numbering, entry.reference))}
 
         return lru_cache(_KEPT)(unchanging)
 
@@ -105,12 +110,3 @@ def _id_of(session: Session, reference: str, base_model: str | None) -> int:
         if len(found) == 1 and found[0] is not None:
             return int(found[0])
     return named_entry(session, reference, None, base_model).id
-
-
-def _by_site(session: Session, entry: Entry) -> dict[str, Indices]:
-    query = select(NeuronSetRow.bitmap, NeuronSpaceRow.description).join(
-        NeuronSpaceRow, NeuronSetRow.space_fingerprint == NeuronSpaceRow.fingerprint
-    )
-    content, described = session.execute(query.where(NeuronSetRow.entry_id == entry.id)).tuples().one()
-    numbering = Numbering.of(entry.space_fingerprint, described)
-    return {site.name: indices for site, indices in numbering.by_site(read(content, numbering, entry.reference))}

@@ -471,7 +471,7 @@ def test_a_base_that_is_gone_is_said_to_be(registry, base, new_pupil, tmp_path):
 def test_the_description_names_every_route(client):
     described = got(client, "/api/openapi.json")
     operations = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
-    assert len(operations) == 24
+    assert len(operations) == 25
     assert ("PUT", "/api/tasks/{task}/aliases/{alias}") in operations
     assert all(
         operation.get("description") for methods in described["paths"].values() for operation in methods.values()
