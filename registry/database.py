@@ -242,9 +242,6 @@ def _engine(url: URL) -> Engine:
 def _configure_postgresql(connection: Any, record: object) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f"SET lock_timeout = '{_BUSY_SECONDS}s'")
-        # The same few look-ups, over and over, take longer to plan, or to compile, than to run.
-        cursor.execute("SET plan_cache_mode = force_generic_plan")
-        cursor.execute("SET jit = off")
     connection.commit()
 
 
