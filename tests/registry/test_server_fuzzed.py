@@ -42,4 +42,4 @@ def test_every_answer_is_one_that_is_described(described: BaseSchema) -> None:
 
         ask()
         asked += 1
-    assert asked == 24
+    assert asked == 25
